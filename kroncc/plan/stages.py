@@ -1,0 +1,99 @@
+"""The plan as data: stages with resolved options, costs and content hashes; serialised as `plan.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kroncc.model.structure import Structure
+
+StageKind = Literal["calibrate", "rewrite", "train", "evaluate", "export"]
+
+
+class Frozen(BaseModel):
+    """Base of the plan's models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Side(Frozen):
+    """One module before or after: shape as text, parameters, FLOPs for one sequence."""
+
+    shape: str
+    params: int
+    flops: int
+
+
+class ModuleRow(Frozen):
+    """One module of a model: what it was and what it is now."""
+
+    fqn: str
+    role: str = ""
+    passes: tuple[str, ...] = ()
+    before: Side
+    after: Side
+
+
+class SkippedRow(Frozen):
+    """A module that a target matched and a pass left alone."""
+
+    fqn: str
+    name: str = Field(alias="pass")
+    reason: str
+
+
+class Flops(Frozen):
+    """FLOPs of one sequence: the linear maps alone, and everything counted."""
+
+    linear: int
+    total: int
+
+
+class ModelReport(Frozen):
+    """What the plan knows of one model of the recipe (`base`, or the name of the step that makes it)."""
+
+    params: int
+    bytes: int
+    flops: Flops
+    labels: int | None = None
+    structure: Structure = Structure()
+    modules: tuple[ModuleRow, ...] = ()
+    skipped: tuple[SkippedRow, ...] = ()
+
+
+class Stage(Frozen):
+    """One node of the DAG. `options` is the resolved step; `needs` names the stages it waits for."""
+
+    name: str
+    kind: StageKind
+    needs: tuple[str, ...]
+    options: dict[str, Any]
+    seed: int = 0
+    steps: int | None = None  # optimiser steps, where the data is at hand
+    flops: int | None = None  # estimated FLOPs of the whole stage
+    hash: str
+
+
+class Plan(Frozen):
+    """A compiled recipe."""
+
+    kroncc: Literal[1] = 1
+    name: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    stages: tuple[Stage, ...]
+    models: dict[str, ModelReport]
+    checked: dict[str, bool] = Field(default_factory=dict)  # expectations that could be judged at plan time
+
+    def to_json(self) -> str:
+        """Return the plan as text, the same bytes for the same plan."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True) + "\n"
+
+
+def content_hash(value: Any) -> str:
+    """Return the SHA-256 (hex, 16 bytes) of a JSON-able value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

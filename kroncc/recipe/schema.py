@@ -1,0 +1,191 @@
+"""The recipe as data: frozen pydantic models, unknown keys forbidden. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$", max_length=80)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Strict(BaseModel):
+    """Base of all recipe models: frozen, no unknown keys, no silent coercion of numbers from text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(Strict):
+    """Where the model comes from and which head it gets."""
+
+    source: str | None = Field(None, description="hub id | directory | package:NAME/PATH")
+    config: dict[str, Any] | None = Field(
+        None, description="transformers config as a mapping with model_type; plans without the source"
+    )
+    task: str | None = Field(
+        None, description="transformers task, chooses the Auto class; default feature-extraction"
+    )
+    labels: Positive | None = Field(None, description="number of labels of the head")
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _has_origin(self) -> ModelSpec:
+        if self.source is None and self.config is None:
+            raise ValueError("give `source` (hub id, directory, package:NAME/PATH) or `config`")
+        return self
+
+
+class DataSpec(Strict):
+    """One data set. `source` is text | csv | json | parquet | builtin:python-docs | a hub id."""
+
+    source: str
+    files: str | list[str] | dict[str, str | list[str]] | None = None
+    name: str | None = Field(None, description="configuration of a hub data set, e.g. sst2 of glue")
+    split: dict[str, str] | None = Field(None, description="our split -> the source's split name")
+    text: list[str] = Field(default_factory=lambda: ["text"], description="one or two text columns")
+    label: str | None = None
+    max_length: Positive = 128
+    delimiter: str = ","
+    quoting: bool = Field(True, description="csv: false reads quote characters as text")
+    limit: Positive | dict[str, Positive] | None = Field(None, description="first rows of a split only")
+    validation_fraction: Fraction = Field(0.0, description="share of train set aside where no validation split is")
+
+
+class Scope(Strict):
+    """What a pass touches; every pass takes these keys beside its own options."""
+
+    targets: list[str] = Field(default_factory=list)
+    exclude: list[str] = Field(default_factory=list)
+    count: Positive | None = None
+
+
+SCOPE_KEYS = tuple(Scope.model_fields)
+
+
+class PassCall(Strict):
+    """One pass of a compress step: its name, its scope and its options as written."""
+
+    name: str
+    scope: Scope
+    options: dict[str, Any]
+
+
+class LossSpec(Strict):
+    """One loss term of a distillation."""
+
+    kind: Literal["task", "kl", "soft-ce", "mse", "mae", "cosine"]
+    at: str = Field("logits", description="a tap: logits, sentence, embeddings, hidden, ffn.output, ... or an FQN")
+    weight: float | list[tuple[Fraction, float]] = Field(
+        1.0, description="a number, or points [progress, weight] joined by straight lines"
+    )
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    layers: Literal["uniform", "last"] | list[tuple[int, int]] | None = Field(
+        None, description="pairs [student, teacher]; default one to one, or uniform where depths differ"
+    )
+
+
+class Training(Strict):
+    """Options of the one training loop."""
+
+    data: str
+    split: str = "train"
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Positive | None = None
+    batch_size: Positive = 32
+    accumulate: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Fraction = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    labels: Positive | None = Field(None, description="give the head this many labels, newly initialised")
+    freeze: list[str] = Field(default_factory=list, description="targets whose parameters do not train")
+    checkpoint_every: Positive = Field(200, description="optimiser steps between checkpoints")
+    evaluate_every: Positive | None = Field(None, description="optimiser steps between evaluations")
+
+    @model_validator(mode="after")
+    def _has_length(self) -> Training:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give either `epochs` or `max_steps`")
+        return self
+
+
+class Compress(Strict):
+    """Apply passes to a model, in order."""
+
+    model: str
+    passes: Annotated[list[PassCall], Field(min_length=1)]
+
+
+class Finetune(Training):
+    """Train a model on labelled data."""
+
+    model: str
+
+
+class Distill(Training):
+    """Train a student to follow a teacher."""
+
+    student: str
+    teacher: str
+    losses: Annotated[list[LossSpec], Field(min_length=1)]
+    copy_from_teacher: list[str] = Field(
+        default_factory=list, description="targets whose weights start from the teacher's, e.g. '@head'"
+    )
+    cache_teacher: bool = Field(False, description="store teacher outputs on disk for repeated epochs")
+
+
+class Evaluate(Strict):
+    """Measure models on data."""
+
+    models: Annotated[list[str], Field(min_length=1)]
+    data: str
+    split: str = "validation"
+    metrics: Annotated[list[str], Field(min_length=1)]
+    against: str | None = Field(None, description="reference model of fidelity")
+    batch_size: Positive = 32
+
+
+class Export(Strict):
+    """Write a model as a Hugging Face directory."""
+
+    model: str
+    to: str | None = Field(None, description="directory; default steps/NAME of the run")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+
+
+Action = Compress | Finetune | Distill | Evaluate | Export
+STEP_KINDS: dict[str, type[Action]] = {
+    "compress": Compress,
+    "finetune": Finetune,
+    "distill": Distill,
+    "evaluate": Evaluate,
+    "export": Export,
+}
+
+
+class Recipe(Strict):
+    """A whole recipe, resolved: `extends`, `--set` and `for_each` are already applied."""
+
+    kroncc: Literal[1]
+    name: Name
+    model: ModelSpec
+    data: dict[Name, DataSpec] = Field(default_factory=dict)
+    steps: dict[Name, Action]
+    expect: dict[str, str] = Field(default_factory=dict)
+
+
+def inputs_of(action: Action) -> tuple[str, ...]:
+    """Return the names of the models a step takes, in order."""
+    match action:
+        case Compress() | Finetune() | Export():
+            return (action.model,)
+        case Distill():
+            return (action.student, action.teacher)
+        case Evaluate():
+            return (*action.models, *([action.against] if action.against else []))
