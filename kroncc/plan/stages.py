@@ -82,11 +82,15 @@ class Plan(Frozen):
 
     kroncc: Literal[1] = 1
     name: str
-    recipe: dict[str, Any]
+    recipe: dict[str, Any]  # resolved: extends, --set and for_each applied
+    file: str | None = None  # the recipe's file, relative to where the plan is saved
+    overrides: tuple[str, ...] = ()
+    length: int  # tokens of the sequence that FLOPs are counted for
     versions: dict[str, str]
+    sources: dict[str, str | None]  # fingerprints of model and data; None where they could not be read
     stages: tuple[Stage, ...]
     models: dict[str, ModelReport]
-    checked: dict[str, bool] = Field(default_factory=dict)  # expectations that could be judged at plan time
+    expectations: dict[str, bool | None] = Field(default_factory=dict)  # None: known only after a run
 
     def to_json(self) -> str:
         """Return the plan as text, the same bytes for the same plan."""

@@ -1,0 +1,187 @@
+"""Compile a recipe into a plan: capture on meta tensors, run the passes, count costs, hash the stages.
+
+Nothing here reads a weight. Data is opened only to fingerprint it and to count its rows.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from kroncc.errors import DataError, KronccError
+from kroncc.model.source import resolve
+from kroncc.plan.dag import order
+from kroncc.plan.models import BASE, Models
+from kroncc.plan.stages import ModelReport, Plan, Stage, StageKind, content_hash
+from kroncc.recipe.expect import parse_expectation
+from kroncc.recipe.loader import Loaded
+from kroncc.recipe.schema import (
+    Action,
+    Compress,
+    DataSpec,
+    Distill,
+    Evaluate,
+    Export,
+    Finetune,
+    Recipe,
+    Training,
+    inputs_of,
+)
+from kroncc.run.data import open_data
+
+KINDS: dict[type[Action], StageKind] = {
+    Compress: "rewrite",
+    Finetune: "train",
+    Distill: "train",
+    Evaluate: "evaluate",
+    Export: "export",
+}
+LIBRARIES = ("kroncc", "torch", "transformers")
+DEFAULT_TASK = "feature-extraction"
+DEFAULT_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the plan knows of a data set that could be opened: its content and its rows a split."""
+
+    fingerprint: str
+    rows: Mapping[str, int]
+
+
+def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
+    """Return the plan of a recipe; every mistake that can be found without weights is raised here.
+
+    With `offline`, a model or data that cannot be read is noted as unread (`sources` holds None) instead of
+    raising; such a plan shows shapes and costs, and cannot be run until they are there.
+    """
+    recipe, root = loaded.recipe, loaded.path.parent
+    origin = resolve(recipe.model, root)
+    lengths = [spec.max_length for spec in recipe.data.values()]
+    models = Models(origin, recipe.model.task or DEFAULT_TASK, max(lengths, default=DEFAULT_LENGTH))
+    with _at(loaded, "model"):
+        models.add_base(recipe.model.labels)
+    facts = {name: _data_facts(loaded, name, spec, offline) for name, spec in recipe.data.items()}
+    source = origin.fingerprint or content_hash(recipe.model.model_dump(mode="json"))
+    stages: dict[str, Stage] = {}
+    needs = {name: [model for model in inputs_of(action) if model != BASE] for name, action in recipe.steps.items()}
+    for name in order(needs):
+        action = recipe.steps[name]
+        with _at(loaded, f"steps.{name}.{_kind_name(action)}"):
+            models.add(name, action)
+        stages[name] = _stage(name, recipe, models, facts, stages, source)
+    return Plan(
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json", exclude_defaults=True),
+        length=models.length,
+        versions={library: importlib.metadata.version(library) for library in LIBRARIES},
+        sources={
+            "model": origin.fingerprint,
+            **{f"data.{name}": one.fingerprint if one else None for name, one in facts.items()},
+        },
+        stages=tuple(stages.values()),
+        models=models.reports,
+        expectations={
+            f"{key}: {text}": parse_expectation(key, text).evaluate(static_values(models.reports))
+            for key, text in recipe.expect.items()
+        },
+    )
+
+
+def static_values(reports: Mapping[str, ModelReport]) -> dict[str, float]:
+    """Return the figures known before any training, as expectations name them: `MODEL.params` and so on."""
+    values: dict[str, float] = {}
+    for name, report in reports.items():
+        values[f"{name}.params"] = report.params
+        values[f"{name}.bytes"] = report.bytes
+        values[f"{name}.flops"] = report.flops.total
+        values[f"{name}.flops.linear"] = report.flops.linear
+    return values
+
+
+def _kind_name(action: Action) -> str:
+    return type(action).__name__.lower()
+
+
+@contextmanager
+def _at(loaded: Loaded, path: str) -> Iterator[None]:
+    """Give every error raised inside the place in the recipe where it belongs."""
+    try:
+        yield
+    except KronccError as error:
+        placed = []
+        for problem in error.problems:
+            full = f"{path}.{problem.path}" if problem.path else path
+            placed.append(replace(problem, path=full, place=problem.place or loaded.places.find(full)))
+        raise type(error)(problems=placed) from error
+
+
+def _data_facts(loaded: Loaded, name: str, spec: DataSpec, offline: bool) -> DataFacts | None:
+    try:
+        with _at(loaded, f"data.{name}"):
+            data = open_data(spec, name, loaded.path.parent)
+    except DataError:
+        if offline:
+            return None
+        raise
+    return DataFacts(data.fingerprint(), data.rows())
+
+
+def _stage(
+    name: str,
+    recipe: Recipe,
+    models: Models,
+    facts: Mapping[str, DataFacts | None],
+    done: Mapping[str, Stage],
+    source: str,
+) -> Stage:
+    """Return the stage of one step. Its hash covers all that its result depends on."""
+    action = recipe.steps[name]
+    data = getattr(action, "data", None)
+    known = facts.get(data) if data else None
+    report = models.reports.get(name)
+    options = action.model_dump(mode="json", exclude_none=True)
+    identity = {
+        "kind": KINDS[type(action)],
+        "options": options,
+        "structure": report.structure.model_dump(mode="json", by_alias=True) if report else None,
+        "inputs": [done[model].hash if model in done else source for model in inputs_of(action)],
+        "data": [recipe.data[data].model_dump(mode="json"), known and known.fingerprint] if data else None,
+    }
+    steps = _steps(action, known)
+    return Stage(
+        name=name,
+        kind=KINDS[type(action)],
+        needs=tuple(dict.fromkeys(model for model in inputs_of(action) if model in done)),
+        options=options,
+        seed=getattr(action, "seed", 0),
+        steps=steps,
+        flops=_training_flops(name, action, models, steps),
+        hash=content_hash(identity),
+    )
+
+
+def _steps(action: Action, facts: DataFacts | None) -> int | None:
+    """Return the optimiser steps of a training stage; None where it is none or its rows are not known."""
+    if not isinstance(action, Training):
+        return None
+    if action.max_steps is not None:
+        return action.max_steps
+    if facts is None or action.epochs is None:
+        return None
+    batches = math.ceil(facts.rows.get(action.split, 0) / action.batch_size)
+    return math.ceil(batches / action.accumulate * action.epochs)
+
+
+def _training_flops(name: str, action: Action, models: Models, steps: int | None) -> int | None:
+    """Return an upper bound of a stage's FLOPs: full-length rows, a backward pass at twice the forward."""
+    if steps is None or not isinstance(action, Training):
+        return None
+    one = 3 * models.reports[name].flops.total
+    if isinstance(action, Distill):
+        one += models.reports[action.teacher].flops.total
+    return steps * action.batch_size * action.accumulate * one
+

@@ -1,0 +1,126 @@
+"""What the plan knows of every model of a recipe: one captured graph a head size, one report a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kroncc.graph.capture import capture
+from kroncc.graph.cost import ModelCost, ModuleCost, model_cost
+from kroncc.graph.model_graph import ModelGraph
+from kroncc.graph.roles import find_roles
+from kroncc.model.load import skeleton
+from kroncc.model.replay import replay
+from kroncc.model.source import Origin
+from kroncc.model.structure import Structure
+from kroncc.plan.check import check_distill
+from kroncc.plan.stages import Flops, ModelReport, ModuleRow, Side, SkippedRow
+from kroncc.recipe.schema import Action, Compress, Distill, Evaluate, Export, Finetune, inputs_of
+from kroncc.rewrite.pipeline import SkippedSite, compress_graph
+
+BASE = "base"
+
+
+@dataclass
+class Models:
+    """The models of one recipe on the meta device, in the order in which the steps make them."""
+
+    origin: Origin
+    task: str
+    length: int
+    reports: dict[str, ModelReport] = field(default_factory=dict)
+    _dense: dict[int | None, ModelGraph] = field(default_factory=dict)
+
+    def dense(self, labels: int | None) -> ModelGraph:
+        """Return the graph of the dense model with `labels` labels; captured once."""
+        if labels not in self._dense:
+            self._dense[labels] = capture(skeleton(self.origin, self.task, labels))
+        return self._dense[labels]
+
+    def rebuilt(self, structure: Structure, labels: int | None) -> ModelGraph:
+        """Return a fresh graph with `structure` applied to the dense model."""
+        tree = skeleton(self.origin, self.task, labels)
+        replay(tree, structure)
+        return self.dense(labels).bind(tree)
+
+    def add_base(self, labels: int | None) -> None:
+        """Report the model as it came."""
+        self.reports[BASE] = self._report(self.dense(labels), labels, Structure(), ())
+
+    def add(self, name: str, action: Action) -> None:
+        """Report the model that step `name` makes; steps that make none add nothing."""
+        match action:
+            case Compress():
+                source = self.reports[action.model]
+                graph = self.rebuilt(source.structure, source.labels)
+                done = compress_graph(graph, action.passes)
+                structure = source.structure + done.structure
+                self.reports[name] = self._report(graph, source.labels, structure, done.skipped)
+            case Finetune() | Distill():
+                source = self.reports[inputs_of(action)[0]]
+                self.reports[name] = self._relabelled(source, action.labels)
+                if isinstance(action, Distill):
+                    self._check(action, self.reports[name])
+            case Export():
+                self.reports[name] = self.reports[action.model]
+            case Evaluate():
+                pass
+
+    def _relabelled(self, source: ModelReport, labels: int | None) -> ModelReport:
+        if labels is None or labels == source.labels:
+            return source
+        return self._report(self.rebuilt(source.structure, labels), labels, source.structure, ())
+
+    def _check(self, action: Distill, student: ModelReport) -> None:
+        teacher = self.reports[action.teacher]
+        check_distill(
+            action,
+            self.rebuilt(student.structure, student.labels),
+            self.rebuilt(teacher.structure, teacher.labels),
+        )
+
+    def _report(
+        self,
+        graph: ModelGraph,
+        labels: int | None,
+        structure: Structure,
+        skipped: tuple[SkippedSite, ...],
+    ) -> ModelReport:
+        cost = model_cost(graph)
+        flops = cost.flops(1, self.length)
+        return ModelReport(
+            params=cost.params,
+            bytes=cost.bytes,
+            flops=Flops(linear=flops.linear, total=flops.total),
+            labels=labels,
+            structure=structure,
+            modules=self._rows(cost, self.dense(labels), structure),
+            skipped=tuple(SkippedRow(fqn=one.fqn, name=one.name, reason=one.reason) for one in skipped),
+        )
+
+    def _rows(self, cost: ModelCost, dense: ModelGraph, structure: Structure) -> tuple[ModuleRow, ...]:
+        before = {module.fqn: module for module in model_cost(dense).modules}
+        roles = find_roles(dense)
+        passes = passes_by_module(dense, structure)
+        return tuple(
+            ModuleRow(
+                fqn=module.fqn,
+                role=roles[module.fqn].name if module.fqn in roles else "",
+                passes=passes.get(module.fqn, ()),
+                before=self._side(before.get(module.fqn, module)),
+                after=self._side(module),
+            )
+            for module in cost.modules
+        )
+
+    def _side(self, module: ModuleCost) -> Side:
+        return Side(shape=module.shape, params=module.params, flops=module.flops(1, self.length))
+
+
+def passes_by_module(dense: ModelGraph, structure: Structure) -> dict[str, tuple[str, ...]]:
+    """Return for every rewritten module, tied partners included, the passes that rewrote it, in order."""
+    passes: dict[str, tuple[str, ...]] = {}
+    for applied in structure.passes:
+        for site in applied.sites:
+            for fqn in (site, *dense.tied(site)):
+                passes[fqn] = (*passes.get(fqn, ()), applied.name)
+    return passes

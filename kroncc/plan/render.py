@@ -1,0 +1,164 @@
+"""The plan as a page: tables for a terminal, and a Mermaid diagram of the stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kroncc.plan.stages import ModelReport, ModuleRow, Plan, SkippedRow, Stage
+
+_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def human(value: float) -> str:
+    """Return a count with three to four digits and a unit: 14655754 -> 14.66 M."""
+    for scale, unit in _UNITS:
+        if abs(value) >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value:g}"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Modules that differ only in the layer they stand in, shown as one row."""
+
+    name: str
+    count: int
+    row: ModuleRow
+
+
+def fold(rows: Iterable[ModuleRow]) -> list[Folded]:
+    """Join rows that are equal but for numbers in their FQN: `layer.0.q`, `layer.1.q` -> `layer.{0-1}.q`."""
+    groups: dict[tuple[object, ...], list[ModuleRow]] = {}
+    for row in rows:
+        key = (re.sub(r"\d+", "#", row.fqn), row.role, row.passes, row.before, row.after)
+        groups.setdefault(key, []).append(row)
+    return [Folded(fold_names([row.fqn for row in group]), len(group), group[0]) for group in groups.values()]
+
+
+def fold_names(fqns: Sequence[str]) -> str:
+    """Return one name for many that differ only in numbers: runs as `{0-5}`, others as `{0,2,5}`."""
+    parts = [re.split(r"(\d+)", fqn) for fqn in fqns]
+    return "".join(_span([part[i] for part in parts]) for i in range(len(parts[0])))
+
+
+def _span(texts: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(texts))
+    if len(distinct) == 1:
+        return distinct[0]
+    numbers = sorted(int(text) for text in distinct)
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{{{numbers[0]}-{numbers[-1]}}}"
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def module_table(title: str, report: ModelReport, base: ModelReport) -> Table:
+    """Return the table of one model: every module with parameters, before and after."""
+    table = Table(title=title, title_justify="left", show_footer=True)
+    ratio = base.params / report.params if report.params else 0.0
+    table.add_column("module", footer="total", overflow="fold")
+    table.add_column("role", overflow="fold")
+    table.add_column("n", justify="right")
+    table.add_column("before -> after", overflow="fold")
+    table.add_column("parameters", justify="right", footer=f"{base.params:,} -> {report.params:,} ({ratio:.2f}x)")
+    flops = f"{human(base.flops.total)} -> {human(report.flops.total)}"
+    table.add_column("FLOPs", justify="right", footer=flops)
+    for group in fold(row for row in report.modules if row.before.params or row.after.params):
+        table.add_row(*_module_cells(group))
+    return table
+
+
+def _module_cells(group: Folded) -> tuple[str, ...]:
+    before, after = group.row.before, group.row.after
+    changed = bool(group.row.passes)
+    shape = f"{before.shape} -> {after.shape}" if changed else before.shape
+    params = f"{before.params:,} -> {after.params:,}" if changed else f"{before.params:,}"
+    flops = f"{human(before.flops)} -> {human(after.flops)}" if changed else human(before.flops)
+    return group.name, group.row.role, str(group.count), shape, params, flops if before.flops else ""
+
+
+def skipped_table(rows: Sequence[SkippedRow]) -> Table:
+    """Return the table of modules that a target matched and a pass left alone."""
+    table = Table(title="skipped", title_justify="left")
+    for column in ("module", "pass", "reason"):
+        table.add_column(column, overflow="fold")
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((re.sub(r"\d+", "#", row.fqn), row.name, row.reason), []).append(row.fqn)
+    for (_, name, reason), fqns in groups.items():
+        table.add_row(fold_names(fqns), name, reason)
+    return table
+
+
+def stage_table(plan: Plan) -> Table:
+    """Return the table of stages with what they wait for and what they cost."""
+    table = Table(title="stages", title_justify="left")
+    for column, justify in (("stage", "left"), ("kind", "left"), ("needs", "left"), ("steps", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("FLOPs", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("hash")
+    for stage in plan.stages:
+        table.add_row(*_stage_cells(stage, plan.models.get(stage.name)))
+    return table
+
+
+def _stage_cells(stage: Stage, report: ModelReport | None) -> tuple[str, ...]:
+    unknown = "?" if stage.kind == "train" else ""
+    return (
+        stage.name,
+        stage.kind,
+        ", ".join(stage.needs) or "base",
+        f"{stage.steps:,}" if stage.steps is not None else unknown,
+        f"<= {human(stage.flops)}" if stage.flops is not None else unknown,
+        f"{report.params:,}" if report else "",
+        stage.hash[:8],
+    )
+
+
+def render(plan: Plan) -> RenderableType:
+    """Return the whole plan for a terminal."""
+    base = plan.models["base"]
+    parts: list[RenderableType] = [Text(f"{plan.name}: FLOPs for one sequence of {plan.length} tokens\n")]
+    for stage in plan.stages:
+        if stage.kind != "rewrite":
+            continue
+        report = plan.models[stage.name]
+        parts.append(module_table(stage.name, report, base))
+        linear = f"{human(base.flops.linear)} -> {human(report.flops.linear)}"
+        parts.append(Text(f"linear maps of the layers: {linear} FLOPs; stored bytes {report.bytes:,}\n"))
+        if report.skipped:
+            parts.append(skipped_table(report.skipped))
+    parts.append(stage_table(plan))
+    unread = [name for name, mark in plan.sources.items() if mark is None]
+    if unread:
+        parts.append(Text(f"not read: {', '.join(unread)} (needed to apply; '?' above is not known without it)"))
+    for expectation, met in plan.expectations.items():
+        parts.append(Text(f"expect {expectation}: {_verdict(met)}"))
+    return Group(*parts)
+
+
+def _verdict(met: bool | None) -> str:
+    return "known after the run" if met is None else "met" if met else "NOT MET"
+
+
+def mermaid(plan: Plan) -> str:
+    """Return the stages as a Mermaid flowchart."""
+    ids = {name: f"s{index}" for index, name in enumerate(["base", *(stage.name for stage in plan.stages)])}
+    lines = ["flowchart LR", f'  {ids["base"]}(["base<br/>{human(plan.models["base"].params)} parameters"])']
+    for stage in plan.stages:
+        lines.append(f'  {ids[stage.name]}["{stage.name}<br/>{stage.kind}"]')
+        lines += [f"  {ids[before]} --> {ids[stage.name]}" for before in _origins(stage)]
+    return "\n".join(lines) + "\n"
+
+
+def _origins(stage: Stage) -> tuple[str, ...]:
+    """Return the models a stage takes, `base` included, each once."""
+    keys = ("model", "student", "teacher", "against")
+    named = [stage.options[key] for key in keys if stage.options.get(key)]
+    return tuple(dict.fromkeys([*named, *stage.options.get("models", [])]))
