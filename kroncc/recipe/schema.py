@@ -51,7 +51,9 @@ class DataSpec(Strict):
     delimiter: str = ","
     quoting: bool = Field(True, description="csv: false reads quote characters as text")
     limit: Positive | dict[str, Positive] | None = Field(None, description="first rows of a split only")
-    validation_fraction: Fraction = Field(0.0, description="share of train set aside where no validation split is")
+    validation_fraction: Fraction = Field(
+        0.0, description="share of train set aside where no validation split is"
+    )
 
 
 class Scope(Strict):
@@ -77,7 +79,9 @@ class LossSpec(Strict):
     """One loss term of a distillation."""
 
     kind: Literal["task", "kl", "soft-ce", "mse", "mae", "cosine"]
-    at: str = Field("logits", description="a tap: logits, sentence, embeddings, hidden, ffn.output, ... or an FQN")
+    at: str = Field(
+        "logits", description="a tap: logits, sentence, embeddings, hidden, ffn.output, ... or an FQN"
+    )
     weight: float | list[tuple[Fraction, float]] = Field(
         1.0, description="a number, or points [progress, weight] joined by straight lines"
     )

@@ -1,0 +1,57 @@
+"""The words a recipe may use: roles, taps, metrics, tasks, data sources. Plain constants, no torch."""
+
+from __future__ import annotations
+
+BASE = "base"
+
+ROLES: tuple[str, ...] = (
+    "embedding.word",
+    "embedding.position",
+    "embedding.type",
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.qkv",
+    "attention.out",
+    "ffn.up",
+    "ffn.gate",
+    "ffn.down",
+    "norm",
+    "pooler",
+    "head",
+)
+
+TAPS: tuple[str, ...] = (
+    "embeddings",
+    "hidden",
+    "ffn.output",
+    "attention.scores",
+    "attention.probs",
+    "logits",
+    "sentence",
+)
+
+METRICS: tuple[str, ...] = ("accuracy", "f1", "mcc", "pearson", "spearman", "perplexity", "fidelity")
+"""What an evaluate step can measure. `fidelity` needs a reference model and gives `FIDELITY_PARTS`."""
+
+FIDELITY_PARTS: tuple[str, ...] = ("agreement", "kl", "cosine", "rank_correlation")
+
+COSTS: tuple[str, ...] = ("params", "bytes", "flops", "flops.linear", "flops.total")
+"""What is known of every model without running it."""
+
+TASKS: tuple[str, ...] = (
+    "feature-extraction",
+    "fill-mask",
+    "image-classification",
+    "multiple-choice",
+    "question-answering",
+    "summarization",
+    "text-classification",
+    "text-generation",
+    "text2text-generation",
+    "token-classification",
+    "translation",
+)
+
+FILE_SOURCES: tuple[str, ...] = ("text", "csv", "json", "parquet")
+BUILTIN_SOURCES: tuple[str, ...] = ("builtin:python-docs",)
