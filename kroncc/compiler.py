@@ -67,7 +67,9 @@ def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
     facts = {name: _data_facts(loaded, name, spec, offline) for name, spec in recipe.data.items()}
     source = origin.fingerprint or content_hash(recipe.model.model_dump(mode="json"))
     stages: dict[str, Stage] = {}
-    needs = {name: [model for model in inputs_of(action) if model != BASE] for name, action in recipe.steps.items()}
+    needs = {
+        name: [model for model in inputs_of(action) if model != BASE] for name, action in recipe.steps.items()
+    }
     for name in order(needs):
         action = recipe.steps[name]
         with _at(loaded, f"steps.{name}.{_kind_name(action)}"):
@@ -184,4 +186,3 @@ def _training_flops(name: str, action: Action, models: Models, steps: int | None
     if isinstance(action, Distill):
         one += models.reports[action.teacher].flops.total
     return steps * action.batch_size * action.accumulate * one
-

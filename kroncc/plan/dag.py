@@ -20,7 +20,9 @@ def order(needs: Mapping[str, Iterable[str]]) -> list[str]:
         return list(nx.lexicographical_topological_sort(graph, key=lambda name: rank[name]))
     except nx.NetworkXUnfeasible as error:
         cycle = [edge[0] for edge in nx.find_cycle(graph)]
-        raise PlanError(f"steps wait for each other: {' -> '.join([*cycle, cycle[0]])}", code="K701") from error
+        raise PlanError(
+            f"steps wait for each other: {' -> '.join([*cycle, cycle[0]])}", code="K701"
+        ) from error
 
 
 def until(stages: Iterable[Stage], name: str | None) -> tuple[Stage, ...]:

@@ -105,7 +105,7 @@ class Models:
             ModuleRow(
                 fqn=module.fqn,
                 role=roles[module.fqn].name if module.fqn in roles else "",
-                passes=passes.get(module.fqn, ()),
+                passes=" + ".join(passes.get(module.fqn, ())),
                 before=self._side(before.get(module.fqn, module)),
                 after=self._side(module),
             )

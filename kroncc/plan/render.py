@@ -65,7 +65,9 @@ def module_table(title: str, report: ModelReport, base: ModelReport) -> Table:
     table.add_column("role", overflow="fold")
     table.add_column("n", justify="right")
     table.add_column("before -> after", overflow="fold")
-    table.add_column("parameters", justify="right", footer=f"{base.params:,} -> {report.params:,} ({ratio:.2f}x)")
+    table.add_column(
+        "parameters", justify="right", footer=f"{base.params:,} -> {report.params:,} ({ratio:.2f}x)"
+    )
     flops = f"{human(base.flops.total)} -> {human(report.flops.total)}"
     table.add_column("FLOPs", justify="right", footer=flops)
     for group in fold(row for row in report.modules if row.before.params or row.after.params):
@@ -137,7 +139,9 @@ def render(plan: Plan) -> RenderableType:
     parts.append(stage_table(plan))
     unread = [name for name, mark in plan.sources.items() if mark is None]
     if unread:
-        parts.append(Text(f"not read: {', '.join(unread)} (needed to apply; '?' above is not known without it)"))
+        parts.append(
+            Text(f"not read: {', '.join(unread)} (needed to apply; '?' above is not known without it)")
+        )
     for expectation, met in plan.expectations.items():
         parts.append(Text(f"expect {expectation}: {_verdict(met)}"))
     return Group(*parts)

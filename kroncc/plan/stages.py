@@ -32,7 +32,7 @@ class ModuleRow(Frozen):
 
     fqn: str
     role: str = ""
-    passes: tuple[str, ...] = ()
+    passes: str = Field("", alias="pass")  # names in order, joined by " + "; empty where nothing was done
     before: Side
     after: Side
 

@@ -77,7 +77,9 @@ def build_pass(name: str, options: dict[str, object]) -> Pass:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         known = did_you_mean(key, cls.model_fields) if first["type"] == "extra_forbidden" else ""
-        message = f"option {key!r} of pass {name!r}: {first['msg']}" if key else f"pass {name!r}: {first['msg']}"
+        message = (
+            f"option {key!r} of pass {name!r}: {first['msg']}" if key else f"pass {name!r}: {first['msg']}"
+        )
         raise PassError(message, code="K402", remedy=known or f"see `kroncc passes {name}`") from error
 
 

@@ -45,5 +45,7 @@ def treat(pass_: SitePass, site: Site, partners: Mapping[str, nn.Module]) -> Tre
         return module
     if partners and not hasattr(module, "tied_to"):
         shared = ", ".join(partners)
-        return Skip(f"its weight is tied to {shared}, and {type(module).__name__} does not say how to share it")
+        return Skip(
+            f"its weight is tied to {shared}, and {type(module).__name__} does not say how to share it"
+        )
     return Treated(resolved, module, {fqn: module.tied_to(partner) for fqn, partner in partners.items()})

@@ -1,0 +1,70 @@
+"""`kroncc apply`: compile a recipe or take a saved plan, and run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kroncc.cli.plan import Overrides
+
+if TYPE_CHECKING:
+    from kroncc.plan.stages import Plan
+
+
+def apply(
+    recipe: Annotated[Path, typer.Argument(help="recipe file, or a plan saved by `kroncc plan`")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="run directory, default runs/NAME")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="stop after this step")] = None,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="run finished stages again")] = False,
+) -> None:
+    """Run a recipe stage by stage. Finished stages are skipped; an interrupted one goes on where it was.
+
+    Exit codes: 0 done; 1 a stage failed or an expectation is unmet; 2 the recipe is wrong.
+    """
+    from kroncc.quiet import quiet_libraries
+
+    with quiet_libraries():
+        from rich.console import Console
+
+        from kroncc.cli.reporter import ConsoleReporter
+        from kroncc.report.tables import closing_table
+        from kroncc.run.executor import execute
+
+        plan, root = _plan(recipe, tuple(overrides or ()))
+        directory = output or Path("runs") / plan.name
+        result = execute(plan, directory, root, until=until, fresh=fresh, reporter=ConsoleReporter())
+        console = Console()
+        console.print(closing_table(plan, result.values))
+        console.print(f"results: {directory}")
+
+
+def _plan(path: Path, overrides: tuple[str, ...]) -> tuple[Plan, Path]:
+    """Return the plan to run and the directory that data files are relative to."""
+    from kroncc.compiler import compile_recipe
+    from kroncc.errors import PlanError
+    from kroncc.plan.saved import check_fresh, read_plan
+    from kroncc.recipe.loader import load_recipe
+
+    if path.suffix != ".json":
+        loaded = load_recipe(path, overrides=overrides)
+        return compile_recipe(loaded), loaded.path.parent
+    if overrides:
+        raise PlanError(
+            "a saved plan takes no --set", code="K714", remedy="apply the recipe, or plan it again"
+        )
+    saved = read_plan(path)
+    recipe = path.parent / saved.file if saved.file else None
+    if recipe is None or not recipe.exists():
+        raise PlanError(
+            f"the recipe of this plan is gone: {saved.file}",
+            code="K715",
+            remedy="a plan is checked against its recipe before it runs; put it back or plan again",
+        )
+    loaded = load_recipe(recipe, overrides=saved.overrides)
+    check_fresh(saved, compile_recipe(loaded))
+    return saved, loaded.path.parent
