@@ -9,8 +9,8 @@ Grammar, read by a small parser of our own (nothing is ever evaluated as Python)
     number      = 12, 1_000, 0.99, 1.5e-3
     name        = STEP "." attribute            attribute: letters, digits, "_", and dots between words
 
-A step's name may hold "-" (`task-sst2.accuracy`); an attribute may not, so `a.params-b.params` is a difference.
-A minus after a bare word has no meaning of its own: `2*a-b.params` names the step `a-b`.
+A step's name may hold "-" (`task-sst2.accuracy`); an attribute may not, so `a.params-b.params` is a
+difference. A minus after a bare word has no meaning of its own: `2*a-b.params` names the step `a-b`.
 """
 
 from __future__ import annotations

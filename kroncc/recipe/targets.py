@@ -3,7 +3,7 @@
 | form | matches |
 |---|---|
 | `encoder.layer.0.attention.self.query` | the module of exactly that name (FQN) |
-| `encoder.layer.*.output.dense` | glob: `*` within one dotted segment, `**` any number of them, `{a,b}` either |
+| `encoder.layer.*.output.dense` | glob: `*` within a segment, `**` any number of segments, `{a,b}` |
 | `re:.*[.]dense` | a regular expression over the whole FQN |
 | `type:Linear` | every module of that class name (a glob too: `type:*Norm`) |
 | `@ffn.up`, `@attention.*`, `@ffn` | a role; a role's first word means all of its roles |
