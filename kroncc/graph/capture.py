@@ -1,0 +1,94 @@
+"""Capture a transformers model as a graph over its own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from kroncc.errors import CaptureError
+from kroncc.graph.fold import fold_leaves, name_functions
+from kroncc.graph.inputs import default_inputs, example_inputs
+from kroncc.graph.lift import innermost, lift, stack_of
+from kroncc.graph.model_graph import Extras, ModelGraph, copy_graph
+from kroncc.graph.trace import Trace, trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["capture", "default_inputs"]
+
+
+def capture(
+    model: PreTrainedModel, inputs: Sequence[str] | Mapping[str, torch.Tensor] | None = None
+) -> ModelGraph:
+    """Return the graph of `model`, with symbolic batch and length, bound to the model's own modules.
+
+    `model` is a transformers model on meta or with weights. `inputs` names the inputs to trace with, or gives example
+    tensors for inputs of no standard shape (dimension 0 is the batch; dimension 1 of integer inputs is a length);
+    the default is what the model's tokenizer or image processor gives. Raises CaptureError.
+    """
+    traced = trace(model, example_inputs(model, inputs))
+    graph, constants = lift(traced)
+    extras: Extras = dict(constants)
+    _name_outputs(traced, graph)
+    fold_leaves(traced, graph)
+    extras.update(name_functions(traced, graph))
+    extras.update(_regions(traced, graph))
+    _sweep(graph)
+    for node in graph.nodes:
+        _annotate(node)
+    return ModelGraph(copy_graph(graph), model, extras, model.dtype)
+
+
+def _name_outputs(traced: Trace, graph: fx.Graph) -> None:
+    """Make the output a dict of the named tensors; caches and tuples of states are left out."""
+    node = graph.output_node()
+    leaves = list(node.args[0])  # type: ignore[arg-type]
+    spec = traced.program.call_spec.out_spec
+    children = spec.children() if spec.num_leaves != 1 or spec.num_children else [spec]
+    keys = list(spec.context) if isinstance(spec.context, list) else []
+    names = keys or [f"output_{index}" for index in range(len(children))]
+    named = {}
+    for name, child in zip(names, children, strict=True):
+        mine, leaves = leaves[: child.num_leaves], leaves[child.num_leaves :]
+        if child.is_leaf() and isinstance(mine[0], fx.Node):
+            named[name] = mine[0]
+    if not named:
+        raise CaptureError(
+            f"{type(traced.skeleton).__name__} returns no tensor by name",
+            code="K306",
+            expected="a forward that returns a ModelOutput with at least one tensor",
+            remedy="choose a class with a head, or the base model",
+        )
+    node.args = (named,)
+
+
+def _regions(traced: Trace, graph: fx.Graph) -> Extras:
+    """Give each sub-graph (code under `no_grad`) a name below the module that it came from."""
+    regions: Extras = {}
+    for node in graph.find_nodes(op="get_attr"):
+        part = getattr(traced.program.graph_module, str(node.target), None)
+        if not isinstance(part, fx.GraphModule):
+            continue
+        owner = innermost(node) or innermost(next(iter(node.users)))
+        target = f"{owner}.region_{len(regions)}".lstrip(".")
+        node.target = target
+        regions[target] = part
+    return regions
+
+
+def _sweep(graph: fx.Graph) -> None:
+    """Erase what nothing reads. Inputs stay: they are the signature."""
+    for node in reversed(graph.nodes):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+
+
+def _annotate(node: fx.Node) -> None:
+    """Note where a node came from: `fqn` of the innermost module, `stack` of FQNs outermost first."""
+    stack = tuple(fqn for _, fqn in stack_of(node))
+    node.meta["stack"] = stack
+    node.meta["fqn"] = stack[-1] if stack else ""
