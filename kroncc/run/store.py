@@ -1,0 +1,253 @@
+"""The run directory: what is finished, what is locked, and how files get there without halves.
+
+    runs/NAME/  plan.json  journal.jsonl  steps/STEP/{stage.json, ...}  checkpoints/STEP/  cache/STEP/
+
+A stage is finished when `steps/STEP/stage.json` holds its hash and all files that it lists are there in their
+full size. The directory of a step appears by one rename, with `stage.json` already in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kroncc.errors import RunError
+from kroncc.plan.stages import Plan, Stage
+
+RECORD = "stage.json"
+TEMPORARY = ".tmp-"
+
+
+class StageRecord(BaseModel):
+    """What a finished stage left: its hash, its numbers, and its files with their sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    kind: str
+    hash: str
+    seconds: float = 0.0
+    values: dict[str, float] = Field(default_factory=dict)  # `MODEL.metric` -> number
+    details: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, int] = Field(default_factory=dict)
+    model: str | None = None  # directory of the model, where it is not the step's own
+
+
+class RunStore:
+    """Files of one run. Make it, then do everything under `with store.locked():`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()
+        self.steps = self.directory / "steps"
+
+    @property
+    def journal(self) -> Path:
+        """The journal's file."""
+        return self.directory / "journal.jsonl"
+
+    def step(self, name: str) -> Path:
+        """The directory of a step."""
+        return self.steps / name
+
+    def checkpoints(self, name: str) -> Path:
+        """The directory of a step's checkpoints while it trains."""
+        return self.directory / "checkpoints" / name
+
+    def cache(self, name: str) -> Path:
+        """The directory of what a step caches while it trains."""
+        return self.directory / "cache" / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run directory for this process alone; `RunError` K801 when another process holds it.
+
+        The lock belongs to the process (flock), so a killed process leaves none behind.
+        """
+        with writing(self.directory):
+            self.steps.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.directory / ".lock", timeout=0)
+            self._acquire(lock)
+        try:
+            with writing(self.directory):
+                self._holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+                self._sweep()
+            yield
+        finally:
+            with suppress(OSError):
+                self._holder.unlink(missing_ok=True)
+            lock.release()
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write `plan.json`, beside and renamed."""
+        with writing(self.directory):
+            write_text(self.directory / "plan.json", plan.to_json())
+
+    def record(self, stage: Stage) -> StageRecord | None:
+        """Return what the stage left if it is finished: same hash, all files there; else None."""
+        directory = self.step(stage.name)
+        try:
+            record = StageRecord.model_validate_json((directory / RECORD).read_bytes())
+        except (OSError, ValidationError):
+            return None
+        if record.hash != stage.hash:
+            return None
+        whole = all(_size(directory / name) == size for name, size in record.files.items())
+        return record if whole else None
+
+    def is_finished(self, stage: Stage) -> bool:
+        """Say whether the stage need not run again."""
+        return self.record(stage) is not None
+
+    @contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        """Yield an empty directory beside `steps/NAME`; it is removed again unless `commit` took it."""
+        with writing(self.directory):
+            path = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{name}-", dir=self.steps))
+            path.chmod(0o777 & ~_umask())
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def commit(self, staged: Path, record: StageRecord) -> StageRecord:
+        """Finish a stage: list its files, write `stage.json`, flush to disk, rename into place."""
+        with writing(self.directory):
+            record = record.model_copy(update={"files": _files(staged)})
+            (staged / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            replace_directory(staged, self.step(record.name))
+            for leftover in (self.checkpoints(record.name), self.cache(record.name)):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return record
+
+    @property
+    def _holder(self) -> Path:
+        return self.directory / ".lock.holder"
+
+    def _acquire(self, lock: FileLock) -> None:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RunError(
+                f"another apply is running in {self.directory} ({self._held_by()})",
+                code="K801",
+                expected="one apply at a time in a run directory",
+                remedy="wait for it to end, or give another directory with -o",
+            ) from error
+
+    def _held_by(self) -> str:
+        try:
+            holder = json.loads(self._holder.read_text())
+            return f"process {holder['pid']} on {holder['host']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "process unknown"
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left half-written; only called under the lock."""
+        for parent in (self.steps, *(self.directory / "checkpoints").glob("*")):
+            for leftover in parent.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn what the operating system says about writing below `directory` into a `RunError`.
+
+    K802 no permission or not a directory, K803 the disk is full, K804 anything else.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise write_error(error, directory) from error
+
+
+def write_error(error: OSError, directory: Path) -> RunError:
+    """Return the `RunError` for a failed write below `directory`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(
+            f"the disk is full: cannot write to {directory}",
+            code="K803",
+            remedy="free space or give another directory with -o; finished stages and checkpoints are kept",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return RunError(
+            f"cannot write to {error.filename or directory}: {error.strerror}",
+            code="K802",
+            expected="a directory that this user may write to",
+            remedy="give another directory with -o",
+        )
+    return RunError(f"cannot write to {error.filename or directory}: {error.strerror or error}", code="K804")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside and rename it, so that a reader sees the old file or the new one, whole."""
+    handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def replace_directory(staged: Path, target: Path) -> None:
+    """Flush `staged` to disk and rename it to `target`; what was there goes away afterwards."""
+    flush_tree(staged)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = None
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=target.parent))
+        target.rename(old / "old")
+    staged.rename(target)
+    _flush(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_tree(directory: Path) -> None:
+    """Force every file below `directory`, and the directories themselves, to disk."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        _flush(path)
+    _flush(directory)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # directories cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _files(directory: Path) -> dict[str, int]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,260 @@
+"""The one training loop. What is trained, and on what, is data: a `TrainJob`.
+
+It runs on accelerate: one process or many, CPU or GPU, in any of the precisions. `batch_size` counts the rows
+of all processes together, so that the same recipe trains the same model on one process and on many (to
+rounding, and as far as a loss is a mean over rows; a mean over tokens is taken within each process).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from kroncc.errors import RunError
+from kroncc.recipe.schema import Training
+from kroncc.run import live
+from kroncc.run.accelerators import make_accelerator
+from kroncc.run.checkpoint import Checkpoints, Position
+from kroncc.run.interrupt import Interrupt
+from kroncc.run.progress import NullReporter, Reporter, Step, peak_memory
+from kroncc.run.steps import Batch, BatchSource, Work, learning_rate, shard, step_count, work
+
+Teacher = Callable[[Sequence[int], Batch], Any]
+CURVE_POINTS = 200
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What to train.
+
+    `objective(batch, taught, progress)` returns the scalar loss, a mean over the rows of the batch, and holds
+    everything that trains: the student and whatever its losses need. `teacher(rows, batch)` returns what the
+    objective gets as `taught`; it runs without gradients. `tree` is the model whose modules are asked for
+    `set_progress`, `penalty` and `finalise`. `validation` gives the rows of `evaluate_every`.
+    """
+
+    stage: str
+    hash: str
+    objective: nn.Module
+    tree: nn.Module
+    source: BatchSource
+    options: Training
+    checkpoints: Path
+    seed: int = 0
+    teacher: Callable[[Accelerator], Teacher] | None = None
+    validation: BatchSource | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training did: optimiser steps, seconds, the last losses' mean, the curve, and where it resumed."""
+
+    steps: int
+    seconds: float
+    loss: float
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    resumed_from: int = 0
+
+
+def train(job: TrainJob, reporter: Reporter | None = None) -> TrainResult:
+    """Train `job.objective` in place, resuming from a checkpoint where there is one.
+
+    Raises `RunError`: K810 interrupted, K811 loss not finite, K812 gradient not finite, K814 nothing to
+    train, K815 precision not to be had here, K816 checkpoint that does not load.
+    """
+    accelerator = make_accelerator(job.options.precision)
+    heard = reporter if reporter is not None and accelerator.is_main_process else NullReporter()
+    set_seed(job.seed, device_specific=True)
+    loop = _Loop(job, accelerator, heard)
+    with Interrupt() as interrupt:
+        result = loop.run(interrupt)
+    live.finalise(job.tree)
+    accelerator.free_memory()
+    return result
+
+
+class _Penalised(nn.Module):
+    """The objective plus, while it trains, the penalties of its modules: all that DDP has to see."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: Batch, taught: Any, progress: float) -> torch.Tensor:
+        loss: torch.Tensor = self.objective(batch, taught, progress)
+        extra = live.penalty(self.objective) if self.training else None
+        return loss if extra is None else loss + extra
+
+
+class _Loop:
+    def __init__(self, job: TrainJob, accelerator: Accelerator, reporter: Reporter) -> None:
+        self.job = job
+        self.options = job.options
+        self.accelerator = accelerator
+        self.reporter = reporter
+        self.total = step_count(job.source, job.options)
+        optimizer = torch.optim.AdamW(_groups(job.objective, self.options), lr=self.options.learning_rate)
+        self.objective, self.optimizer = accelerator.prepare(_Penalised(job.objective), optimizer)
+        self.teacher = job.teacher(accelerator) if job.teacher else None
+        self.checkpoints = Checkpoints(job.checkpoints, job.hash, accelerator, reporter)
+        self.curve: list[dict[str, Any]] = []
+        self.recent: list[float] = []
+        self.spent = 0.0
+
+    def run(self, interrupt: Interrupt) -> TrainResult:
+        resumed = self._resume()
+        started, rows = time.monotonic() - self.spent, 0
+        begun = time.monotonic()
+        for item in work(self.job.source, self.options, resumed):
+            loss, rate, stop = self._step(item, interrupt.wanted)
+            rows += item.rows
+            self._report(item.step, loss, rate, rows / max(time.monotonic() - begun, 1e-9), item.rows)
+            self._validate(item.step)
+            self.spent = time.monotonic() - started
+            due = item.step % self.options.checkpoint_every == 0 and item.step < self.total
+            if due or stop:
+                self.checkpoints.save(self._position(item.step))
+            if stop:
+                raise self._interrupted(item.step)
+        mean = sum(self.recent) / len(self.recent) if self.recent else math.nan
+        return TrainResult(self.total, self.spent, mean, self.curve, resumed)
+
+    def _resume(self) -> int:
+        position = self.checkpoints.restore()
+        if position is None:
+            return 0
+        self.spent = position.seconds
+        self.curve, self.recent = list(position.curve), list(position.recent)
+        self.reporter.message(f"{self.job.stage}: resuming after step {position.step} of {self.total}")
+        return position.step
+
+    def _position(self, step: int) -> Position:
+        return Position(
+            hash=self.job.hash,
+            step=step,
+            world=self.accelerator.num_processes,
+            seconds=self.spent,
+            curve=self.curve,
+            recent=self.recent,
+        )
+
+    def _step(self, item: Work, wanted: bool) -> tuple[float, float, bool]:
+        """Do one optimiser step; return its loss, its learning rate, and whether to stop."""
+        rate = learning_rate(self.options, item.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.objective.train()
+        live.set_progress(self.job.tree, (item.step - 1) / self.total)
+        loss = torch.zeros((), device=self.accelerator.device)
+        for batch, last in _mark_last(item.batches):
+            with nullcontext() if last else self.accelerator.no_sync(self.objective):
+                loss += self._accumulate(batch, item)
+        mean, stop = self._agree(loss, wanted)
+        if not math.isfinite(mean):
+            raise self._not_finite("K811", f"the loss is {mean}", item.step, rate)
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.options.clip or math.inf)
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+            raise self._not_finite("K812", "the gradient is not finite", item.step, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return mean, rate, stop
+
+    def _accumulate(self, rows: Sequence[int], item: Work) -> torch.Tensor:
+        """Add the gradients of one batch; return its share of the step's loss, times the processes."""
+        world = self.accelerator.num_processes
+        mine, counted = shard(rows, self.accelerator.process_index, world)
+        loss = self._loss(self.job.source, mine, (item.step - 1) / self.total) * (counted * world / item.rows)
+        self.accelerator.backward(loss)
+        share: torch.Tensor = loss.detach()
+        return share
+
+    def _loss(self, source: BatchSource, rows: Sequence[int], progress: float) -> torch.Tensor:
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in source.collate(rows).items()}
+        taught = None
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                taught = self.teacher(rows, batch)
+        loss: torch.Tensor = self.objective(batch, taught, progress)
+        return loss
+
+    def _agree(self, loss: torch.Tensor, wanted: bool) -> tuple[float, bool]:
+        told = torch.stack(
+            [loss.double(), torch.tensor(float(wanted), device=loss.device, dtype=torch.double)]
+        )
+        mean, stop = self.accelerator.reduce(told, reduction="mean").tolist()
+        return mean, stop > 0
+
+    def _report(self, step: int, loss: float, rate: float, speed: float, rows: int) -> None:
+        self.recent = [*self.recent[-19:], loss]
+        every = max(1, self.total // CURVE_POINTS)
+        if step % every == 0 or step in (1, self.total):
+            self.curve.append({"step": step, "loss": loss, "learning_rate": rate})
+        left = (self.total - step) * rows / speed
+        cuda = self.accelerator.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.accelerator.device) if cuda else peak_memory()
+        self.reporter.step(self.job.stage, Step(step, self.total, loss, rate, speed, left, peak))
+
+    def _validate(self, step: int) -> None:
+        every, source = self.options.evaluate_every, self.job.validation
+        if every is None or source is None or (step % every and step != self.total):
+            return
+        loss = self._validation_loss(source, step)
+        self.curve.append({"step": step, "validation_loss": loss})
+        self.reporter.message(f"{self.job.stage}: step {step}: loss {loss:.4f} on the validation split")
+
+    @torch.no_grad()
+    def _validation_loss(self, source: BatchSource, step: int) -> float:
+        self.objective.eval()
+        sums = torch.zeros(2, dtype=torch.double, device=self.accelerator.device)
+        for batch in source.epoch(0):
+            mine, counted = shard(batch, self.accelerator.process_index, self.accelerator.num_processes)
+            loss = self._loss(source, mine, step / self.total)
+            sums += torch.stack(
+                [loss.double() * counted, torch.tensor(float(counted), device=loss.device).double()]
+            )
+        total, rows = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return float(total / rows)
+
+    def _interrupted(self, step: int) -> RunError:
+        return RunError(
+            f"interrupted in step {self.job.stage!r} after {step} of {self.total} optimiser steps",
+            code="K810",
+            remedy="run the same command again to go on from here; nothing is lost",
+        )
+
+    def _not_finite(self, code: str, what: str, step: int, rate: float) -> RunError:
+        latest = self.checkpoints.latest()
+        kept = f"the last good checkpoint is kept: {latest}" if latest else "no checkpoint was written yet"
+        return RunError(
+            f"{what} at optimiser step {step} of {self.total} in step {self.job.stage!r} "
+            f"(learning rate {rate:.3g}); {kept}",
+            code=code,
+            expected="finite numbers",
+            remedy="lower learning_rate, raise warmup, set clip, or train in fp32",
+        )
+
+
+def _mark_last(batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], bool]]:
+    return ((batch, index == len(batches) - 1) for index, batch in enumerate(batches))
+
+
+def _groups(objective: nn.Module, options: Training) -> list[dict[str, Any]]:
+    """Split what trains into matrices, which decay, and vectors (biases, norms, scalars), which do not."""
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    if not trained:
+        raise RunError("no parameter is left to train", code="K814", remedy="freeze less")
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
