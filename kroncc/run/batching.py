@@ -67,7 +67,7 @@ class Masking:
 
 @dataclass(frozen=True)
 class Padding:
-    """Ids that fill the short rows of a batch; rows are filled on the right, to a multiple of `multiple_of`."""
+    """Ids that fill the short rows of a batch; rows are filled on the right, to a multiple of that."""
 
     ids: Mapping[str, int] = field(default_factory=dict)
     multiple_of: int = 1
