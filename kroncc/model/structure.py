@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-STRUCTURE_VERSION = 1
+STRUCTURE_VERSION: Final = 1
 
 
 class AppliedPass(BaseModel):
@@ -21,7 +21,7 @@ class AppliedPass(BaseModel):
 
 
 class Structure(BaseModel):
-    """All passes of a model in order; replayed on the original architecture it rebuilds the compressed one."""
+    """All passes of a model in order; replayed on the dense model they rebuild the compressed one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
