@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$", max_length=80)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=80)]
+"""Name of a step or data set: no dots, so that `STEP.attribute` has one reading."""
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+"""A list of texts; a single text stands for a list of one."""
+NonEmptyTexts = Annotated[
+    list[str],
+    Field(min_length=1),
+    BeforeValidator(_listed, json_schema_input_type=str | Annotated[list[str], Field(min_length=1)]),
+]
+
+
 class Strict(BaseModel):
-    """Base of all recipe models: frozen, no unknown keys, no silent coercion of numbers from text."""
+    """Base of all recipe models: frozen, no unknown keys. The loader validates strictly: no numbers from text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -45,7 +60,7 @@ class DataSpec(Strict):
     files: str | list[str] | dict[str, str | list[str]] | None = None
     name: str | None = Field(None, description="configuration of a hub data set, e.g. sst2 of glue")
     split: dict[str, str] | None = Field(None, description="our split -> the source's split name")
-    text: list[str] = Field(default_factory=lambda: ["text"], description="one or two text columns")
+    text: Texts = Field(default_factory=lambda: ["text"], description="one or two text columns")
     label: str | None = None
     max_length: Positive = 128
     delimiter: str = ","
@@ -59,8 +74,8 @@ class DataSpec(Strict):
 class Scope(Strict):
     """What a pass touches; every pass takes these keys beside its own options."""
 
-    targets: list[str] = Field(default_factory=list)
-    exclude: list[str] = Field(default_factory=list)
+    targets: Texts = Field(default_factory=list)
+    exclude: Texts = Field(default_factory=list)
     count: Positive | None = None
 
 
@@ -108,7 +123,7 @@ class Training(Strict):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     labels: Positive | None = Field(None, description="give the head this many labels, newly initialised")
-    freeze: list[str] = Field(default_factory=list, description="targets whose parameters do not train")
+    freeze: Texts = Field(default_factory=list, description="targets whose parameters do not train")
     checkpoint_every: Positive = Field(200, description="optimiser steps between checkpoints")
     evaluate_every: Positive | None = Field(None, description="optimiser steps between evaluations")
 
@@ -138,7 +153,7 @@ class Distill(Training):
     student: str
     teacher: str
     losses: Annotated[list[LossSpec], Field(min_length=1)]
-    copy_from_teacher: list[str] = Field(
+    copy_from_teacher: Texts = Field(
         default_factory=list, description="targets whose weights start from the teacher's, e.g. '@head'"
     )
     cache_teacher: bool = Field(False, description="store teacher outputs on disk for repeated epochs")
@@ -147,10 +162,10 @@ class Distill(Training):
 class Evaluate(Strict):
     """Measure models on data."""
 
-    models: Annotated[list[str], Field(min_length=1)]
+    models: NonEmptyTexts
     data: str
     split: str = "validation"
-    metrics: Annotated[list[str], Field(min_length=1)]
+    metrics: NonEmptyTexts
     against: str | None = Field(None, description="reference model of fidelity")
     batch_size: Positive = 32
 
@@ -179,8 +194,8 @@ class Recipe(Strict):
     kroncc: Literal[1]
     name: Name
     model: ModelSpec
-    data: dict[Name, DataSpec] = Field(default_factory=dict)
-    steps: dict[Name, Action]
+    data: dict[Word, DataSpec] = Field(default_factory=dict)
+    steps: dict[Word, Action]
     expect: dict[str, str] = Field(default_factory=dict)
 
 

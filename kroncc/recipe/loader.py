@@ -1,0 +1,86 @@
+"""Load a recipe: read, compose, expand, check. All that is wrong is reported at once, each with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kroncc.errors import Problem, RecipeError
+from kroncc.recipe.build import Draft, PassSchemas, build
+from kroncc.recipe.check import check
+from kroncc.recipe.compose import apply_overrides, as_mapping, override, parse_override, read_extended
+from kroncc.recipe.expand import expand_steps
+from kroncc.recipe.node import Node, PlaceMap, place_map
+from kroncc.recipe.reader import read_file, read_yaml
+from kroncc.recipe.schema import Recipe
+
+__all__ = ["Loaded", "PlaceMap", "load_recipe"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checked recipe, the place of each of its values, the file it came from and that file's text."""
+
+    recipe: Recipe
+    places: PlaceMap
+    path: Path
+    text: str
+
+
+def load_recipe(
+    path: str | Path, *, overrides: Sequence[str] = (), passes: PassSchemas | None = None
+) -> Loaded:
+    """Return the recipe in the file `path`, with `overrides` (`steps.task.distill.epochs=1`) set.
+
+    `passes` (`kroncc.rewrite.registry.schemas()`) lets pass names and options be checked too; without it they are
+    taken as written. Raises `RecipeError` with every problem (K1xx; K2xx of targets, K41x of passes, K6xx of data
+    sources), in the order of the file.
+    """
+    file = Path(path)
+    text = read_file(file)
+    root = read_extended(as_mapping(read_yaml(text, str(path))), file, str(path))
+    problems: list[Problem] = []
+    root, templates = _compose(root, overrides, problems)
+    places = place_map(root)
+    draft = build(root, places, passes)
+    check(draft, templates)
+    problems += draft.problems
+    if problems or draft.model is None:
+        raise RecipeError(problems=_in_order(problems))
+    return Loaded(_recipe(root, draft), places, file, text)
+
+
+def _compose(root: Node, overrides: Sequence[str], problems: list[Problem]) -> tuple[Node, Mapping[str, str]]:
+    """Apply overrides and `for_each`. An override that finds no path as written may name an expanded step."""
+    parsed = []
+    for one in overrides:
+        try:
+            parsed.append(parse_override(one))
+        except RecipeError as error:
+            problems += error.problems
+    root, left = apply_overrides(root, parsed)
+    expanded = expand_steps(root)
+    problems += expanded.problems
+    root = expanded.root
+    for path, value in left:
+        try:
+            root = override(root, path, value)
+        except RecipeError as error:
+            problems += error.problems
+    return root, expanded.templates
+
+
+def _recipe(root: Node, draft: Draft) -> Recipe:
+    fields = {key: root.children[key].value for key in ("kroncc", "name")}
+    return Recipe.model_validate(
+        {**fields, "model": draft.model, "data": draft.data, "steps": draft.steps, "expect": draft.expect}
+    )
+
+
+def _in_order(problems: Sequence[Problem]) -> list[Problem]:
+    def rank(problem: Problem) -> tuple[str, int, int]:
+        place = problem.place
+        return (place.file, place.line, place.column) if place else ("", 0, 0)
+
+    return sorted(dict.fromkeys(problems), key=rank)
