@@ -48,7 +48,8 @@ class Layer:
 
     def residuals(self) -> list[Residual]:
         """Return the layer's residual sums in graph order."""
-        return [part.residual for part in (*self.attentions, *self.feeds) if part.residual is not None]
+        found = [part.residual for part in self.attentions if part.residual is not None]
+        return [*found, *(part.residual for part in self.feeds)]
 
     def stream(self) -> fx.Node | None:
         """Return the value of the residual stream that enters the layer."""
@@ -141,7 +142,7 @@ def _attention(
 
 
 def _feed_forward(walker: Walker, down: fx.Node, taken: set[fx.Node]) -> FeedForward | None:
-    """Return the pair that `down` closes, or None: no non-linearity before it, or no residual sum after it."""
+    """Return the pair that `down` closes, or None: nothing bends before it, or no sum takes it."""
     if down in taken:
         return None
     fed = walker.feeds(walker.operands(down)[0], walker.elementwise) or NOTHING
@@ -203,11 +204,13 @@ def _before_dropout(walker: Walker, node: fx.Node) -> fx.Node:
 
 
 def _normalised(walker: Walker, node: fx.Node) -> fx.Node:
-    """Go on from the last sum to the last hidden state: through the norms that alone take it."""
+    """Go on from the last sum to the last hidden state: through the norms and views that alone take it."""
     last = at = node
-    while (user := only(at.users)) is not None and (
-        walker.kind(user) in {"norm", "identity"} or op_name(user) == "to"
-    ):
+    while (user := only(at.users)) is not None and _keeps_stream(walker, user):
         at = user
-        last = at if walker.kind(at) == "norm" else last
+        last = last if walker.kind(at) == "identity" or op_name(at) == "to" else at
     return last
+
+
+def _keeps_stream(walker: Walker, node: fx.Node) -> bool:
+    return walker.kind(node) in {"norm", "identity"} or op_name(node) in {"to", "view", "reshape"}

@@ -14,30 +14,42 @@ from kroncc.graph.modules import Attention
 
 Kind = Literal["linear", "embedding", "norm", "identity", "elementwise", "attention", "other"]
 
-SHAPE = frozenset(
-    """view _unsafe_view reshape view_as reshape_as flatten unflatten transpose permute t mT movedim swapaxes
-    contiguous clone alias detach to _to_copy type_as float lift_fresh lift_fresh_copy slice select narrow
-    unsqueeze squeeze expand expand_as repeat repeat_interleave tile roll split split_with_sizes chunk unbind
-    getitem cat stack dropout""".split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+SHAPE = _words(
+    """
+    view _unsafe_view reshape view_as reshape_as flatten unflatten transpose permute t mT movedim
+    swapaxes contiguous clone alias detach to _to_copy type_as float lift_fresh lift_fresh_copy slice
+    select narrow unsqueeze squeeze expand expand_as repeat repeat_interleave tile roll split
+    split_with_sizes chunk unbind getitem cat stack dropout
+    """
 )
-ARITHMETIC = frozenset("neg mul div true_divide add sub rsub".split())
-STATISTICS = frozenset(
-    """layer_norm native_layer_norm rms_norm group_norm pow square mean sum rsqrt sqrt var std norm
-    linalg_vector_norm reciprocal""".split()
+ARITHMETIC = frozenset({"neg", "mul", "div", "true_divide", "add", "sub", "rsub"})
+STATISTICS = _words(
+    """
+    layer_norm native_layer_norm rms_norm group_norm pow square mean sum rsqrt sqrt var std norm
+    linalg_vector_norm reciprocal
+    """
 )
-NONLINEAR = frozenset(
-    """gelu relu silu tanh sigmoid erf exp pow square elu leaky_relu mish softplus hardswish hardsigmoid hardtanh
-    celu selu prelu relu6 clamp clamp_min clamp_max maximum minimum abs sqrt log_sigmoid softsign glu""".split()
+NONLINEAR = _words(
+    """
+    gelu relu silu tanh sigmoid erf exp pow square elu leaky_relu mish softplus hardswish hardsigmoid
+    hardtanh celu selu prelu relu6 clamp clamp_min clamp_max maximum minimum abs sqrt log_sigmoid
+    softsign glu
+    """
 )
-PRODUCTS = frozenset("matmul bmm baddbmm".split())
-SOFTMAX = frozenset("softmax _softmax".split())
-MASKING = frozenset("masked_fill where".split())
+PRODUCTS = frozenset({"matmul", "bmm", "baddbmm"})
+SOFTMAX = frozenset({"softmax", "_softmax"})
+MASKING = frozenset({"masked_fill", "where"})
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 CONVOLUTIONS = nn.modules.conv._ConvNd
 
 
 def op_name(node: fx.Node) -> str:
-    """Return the operator's plain name: `add` for `aten.add.Tensor` and for its in-place form, "" for modules."""
+    """Return the operator's plain name: `add` for `aten.add.Tensor` and its in-place form; "" for modules."""
     if node.op == "call_method":
         return str(node.target).rstrip("_")
     if node.op != "call_function":
@@ -74,12 +86,12 @@ def value_of(node: fx.Node) -> torch.Tensor | None:
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return the operands that are tensors or lists of them, in order; shapes and other numbers are left out."""
+    """Return the operands that are tensors or lists of them, in order; shapes and numbers are left out."""
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, list, tuple))]
 
 
 def kind_of(node: fx.Node) -> Kind:
-    """Classify a node that calls a module, by what the module does to shapes and values; never by its name."""
+    """Classify a node that calls a module, by what the module does to shapes and values."""
     module = module_of(node)
     if module is None:
         return "other"
@@ -125,7 +137,7 @@ def _static(value: torch.Tensor) -> int:
 
 
 def _behaviour(module: nn.Module, result: torch.Tensor) -> Kind:
-    """Tell norm, identity and elementwise modules apart by running a small copy on the CPU; one run a class."""
+    """Tell norm, identity and elementwise modules apart by running a small copy on the CPU, once a class."""
     settings = tuple(sorted((name, repr(value)) for name, value in vars(module).items() if _plain(value)))
     key = (type(module), settings, _static(result))
     if key not in _SEEN:
@@ -166,12 +178,12 @@ def _run_copy(module: nn.Module, given: torch.Tensor) -> torch.Tensor:
 
 
 def is_linear(node: fx.Node) -> bool:
-    """Say whether the node calls a linear map `[..., in] -> [..., out]`, as built or put in place by a pass."""
+    """Say whether the node calls a linear map `[..., in] -> [..., out]`, built or put in place by a pass."""
     return kind_of(node) == "linear"
 
 
 def is_anonymous_linear(node: fx.Node) -> bool:
-    """Say whether the node multiplies by a parameter without a module of its own (no site, but an end of walks)."""
+    """Say whether the node multiplies by a parameter without a module of its own (walks end there)."""
     if op_name(node) not in {"linear", "addmm", "conv1d", "conv2d", "einsum", *PRODUCTS}:
         return False
     return op_name(node) in {"linear", "conv1d", "conv2d"} or any(

@@ -2,18 +2,18 @@
 
 | role | what it is |
 |---|---|
-| attention.q, .k, .v | the linear map that feeds that operand of an attention; `.qkv` feeds more than one of them |
+| attention.q, .k, .v | the linear map that feeds that operand of an attention; `.qkv` feeds several of them |
 | attention.out | the first linear map that takes an attention's output |
-| ffn.up, .down | two linear maps with elementwise functions between, the second one added to the residual stream |
-| ffn.gate | of two maps up, the one whose branch goes through the activation; a map that gives both is `ffn.up` |
+| ffn.up, .down | two linear maps, elementwise functions between, the second added to the residual stream |
+| ffn.gate | of two maps up, the one whose branch is activated; a map that gives both branches is `ffn.up` |
 | embedding.word, .type | a table indexed by token ids, by segment ids, whose rows enter the first layer |
 | embedding.position | a table indexed by what does not depend on the tokens themselves |
-| embedding.projection | a linear map between the tables and the first layer |
 | norm | a normalisation module |
 | pooler | a linear map after the last layer that takes one vector a sequence and does not give an output |
 | head | any other linear map after the last layer |
 
-Cross-attention has the roles of attention. A module that serves several layers has a role and no layer (None).
+Cross-attention has the roles of attention. A module that serves several layers has a role and no layer.
+Linear maps between tables and the first layer, and those of position biases, have no role.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from kroncc.graph.ops import ARITHMETIC, SHAPE, module_of, op_name, value_of
 from kroncc.graph.walk import Walker
 from kroncc.recipe.targets import ModuleInfo
 
-DIRECT = SHAPE | {"clamp", "masked_fill", "where"}
-CONSTANT = frozenset("zeros zeros_like new_zeros full full_like new_full ones ones_like new_ones".split())
+DIRECT = SHAPE | {"clamp", "masked_fill", "where", "gather"}
+CONSTANT = {"zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full"}
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a module is for, and in which layer (from 0, encoder before decoder; None: no layer, or several)."""
+    """What a module is for, and in which layer (from 0, encoder first; None: in none, or in several)."""
 
     name: str
     layer: int | None = None
@@ -73,7 +73,7 @@ def _outside(flow: Flow, node: fx.Node) -> Role | None:
 
 
 def _layer_of_norm(flow: Flow, node: fx.Node) -> int | None:
-    """Return the layer whose stream the norm takes; what follows the last sum of a pre-norm stack has none."""
+    """Return the layer whose stream the norm takes; what follows a pre-norm stack has none."""
     for place in reversed(range(len(flow.layers))):
         layer, enters = flow.layers[place], flow.layers[place].stream()
         if enters is None or node is enters or not flow.walker.depends(node, enters):
@@ -105,25 +105,19 @@ def _indexed_by(walker: Walker, node: fx.Node) -> str:
 
 
 def _fewer_rows(node: fx.Node, index: fx.Node) -> bool:
-    """Say whether the table is too short for a constant index to count positions: all of it is one segment."""
+    """Say whether the table is too short for a constant index to count positions: it is one segment."""
     rows, indices = getattr(module_of(node), "num_embeddings", None), value_of(index)
     return rows is not None and indices is not None and rows < indices.numel()
 
 
 def _linear(flow: Flow, node: fx.Node) -> Role | None:
+    """Return head or pooler for a map that follows a stack and feeds no layer of any stack."""
     walker = flow.walker
     ends = [last for last in flow.lasts if walker.depends(node, last)]
-    inner = [residual.total for layer in flow.layers for residual in layer.residuals()]
-    if any(walker.depends(total, node) for total in inner):
-        before = not any(walker.depends(node, total) for total in inner) and _from_table(walker, node)
-        return Role("embedding.projection") if before else None
-    if flow.layers and not ends:
+    feeds_layer = any(walker.depends(layer.end(), node) for layer in flow.layers)
+    if feeds_layer or (flow.layers and not ends):
         return None
     return Role("pooler" if ends and _pools(ends[-1], node) and not _gives_output(node) else "head")
-
-
-def _from_table(walker: Walker, node: fx.Node) -> bool:
-    return any(walker.kind(at) == "embedding" and walker.depends(node, at) for at in walker.nodes)
 
 
 def _pools(last: fx.Node, node: fx.Node) -> bool:
@@ -131,7 +125,9 @@ def _pools(last: fx.Node, node: fx.Node) -> bool:
     hidden, given = value_of(last), value_of(node.all_input_nodes[0])
     if hidden is None or given is None:
         return False
-    return given.dim() < hidden.dim() or str(given.shape[1]) != str(hidden.shape[1])
+    if given.dim() != hidden.dim():
+        return given.dim() < hidden.dim()
+    return str(given.shape[1]) != str(hidden.shape[1])
 
 
 def _gives_output(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Walks over a model graph: back to the linear maps that feed a value, forward to the map or sum that takes it."""
+"""Walks over a model graph: back to the linear maps that feed a value, forward to what takes it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Walker:
         return back(node)
 
     def straight(self, node: fx.Node) -> bool:
-        """Say whether q, k and v walks go through: views, rotary sums and products, normalisation, dropout."""
+        """Say whether q, k and v walks go through: views, rotary sums and products, norms, dropout."""
         return self._through(node, SHAPE | ARITHMETIC | STATISTICS, {"identity", "norm"})
 
     def elementwise(self, node: fx.Node) -> bool:
