@@ -1,0 +1,3 @@
+"""The built-in passes: recipe name -> "module:Class", loaded when first used."""
+
+PASSES: dict[str, str] = {"kronecker": "kroncc_passes.kronecker:Kronecker"}
