@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
+from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled
 
 from kroncc.errors import CaptureError
 from kroncc.graph.fold import fold_leaves, name_functions
 from kroncc.graph.inputs import default_inputs, example_inputs
 from kroncc.graph.lift import innermost, lift, stack_of
 from kroncc.graph.model_graph import Extras, ModelGraph, copy_graph
+from kroncc.graph.modules import Region
+from kroncc.graph.shapes import unify
 from kroncc.graph.trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -33,10 +36,11 @@ def capture(
     traced = trace(model, example_inputs(model, inputs))
     graph, constants = lift(traced)
     extras: Extras = dict(constants)
+    unify(graph)
     _name_outputs(traced, graph)
     fold_leaves(traced, graph)
     extras.update(name_functions(traced, graph))
-    extras.update(_regions(traced, graph))
+    extras.update(_name_regions(traced, graph))
     _sweep(graph)
     for node in graph.nodes:
         _annotate(node)
@@ -66,17 +70,21 @@ def _name_outputs(traced: Trace, graph: fx.Graph) -> None:
     node.args = (named,)
 
 
-def _regions(traced: Trace, graph: fx.Graph) -> Extras:
-    """Give each sub-graph (code under `no_grad`) a name below the module that it came from."""
+def _name_regions(traced: Trace, graph: fx.Graph) -> Extras:
+    """Replace code under `no_grad`, which the exporter keeps as a sub-graph, by a module; return them by name."""
     regions: Extras = {}
-    for node in graph.find_nodes(op="get_attr"):
-        part = getattr(traced.program.graph_module, str(node.target), None)
-        if not isinstance(part, fx.GraphModule):
-            continue
-        owner = innermost(node) or innermost(next(iter(node.users)))
-        target = f"{owner}.region_{len(regions)}".lstrip(".")
-        node.target = target
-        regions[target] = part
+    for node in graph.find_nodes(op="call_function", target=wrap_with_set_grad_enabled, sort=True):
+        enabled, body, *operands = node.args
+        part = getattr(traced.program.graph_module, str(body.target))
+        owner = innermost(node)
+        count = sum(1 for name in regions if name.rpartition(".")[0] == owner)
+        target = f"{owner}.region_{count}".lstrip(".")
+        regions[target] = Region(part, bool(enabled))
+        with graph.inserting_after(node):
+            call = graph.call_module(target, tuple(operands))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
     return regions
 
 

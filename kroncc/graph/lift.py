@@ -39,16 +39,19 @@ def lift(trace: Trace) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     """
     graph = copy_graph(trace.program.graph)
     constants = _attributes(trace, graph)
-    for part in [graph, *_inner(trace.program.graph_module)]:
-        _drop_assertions(part)
-        _runtime_device(part)
+    _drop_assertions(graph)
+    _runtime_device(graph)
+    for part in _inner(trace.program.graph_module):
+        _drop_assertions(part.graph)
+        _runtime_device(part.graph)
+        part.recompile()
     return graph, constants
 
 
-def _inner(module: fx.GraphModule) -> Iterator[fx.Graph]:
+def _inner(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
     for child in module.children():
         if isinstance(child, fx.GraphModule):
-            yield child.graph
+            yield child
             yield from _inner(child)
 
 

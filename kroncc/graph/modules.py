@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 
 class Attention(nn.Module):
@@ -49,3 +51,21 @@ class Attention(nn.Module):
         shown += [f"scale={self.scale:.6g}"] if self.scale is not None else []
         shown += ["enable_gqa"] if self.enable_gqa else []
         return ", ".join(shown)
+
+
+class Region(nn.Module):
+    """A part of the graph that the source runs with gradients switched off (or on)."""
+
+    def __init__(self, body: fx.GraphModule, enabled: bool) -> None:
+        super().__init__()
+        self.body = body
+        self.enabled = enabled
+
+    def forward(self, *args: Any) -> Any:
+        """Return what the body returns, with gradients switched as the source does."""
+        with torch.set_grad_enabled(self.enabled):
+            return self.body(*args)
+
+    def extra_repr(self) -> str:
+        """Say whether gradients are on inside."""
+        return f"grad={self.enabled}"
