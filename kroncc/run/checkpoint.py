@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kroncc.errors import RunError
+from kroncc.run.files import TEMPORARY, replace_directory, write_text, writing
 from kroncc.run.progress import Reporter
-from kroncc.run.store import TEMPORARY, replace_directory, write_text, writing
 
 POSITION = "position.json"
 KEPT = 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -23,21 +23,28 @@ class BatchSource(Protocol):
     def epoch(self, number: int) -> Sequence[Sequence[int]]:
         """Return the batches of an epoch (counted from 0), each a list of row numbers."""
 
-    def collate(self, rows: Sequence[int]) -> Batch:
-        """Return the tensors of these rows, padded to the longest of them, on the CPU."""
+    def collate(self, rows: Sequence[int], epoch: int = 0) -> Batch:
+        """Return the tensors of these rows as `epoch` shows them, padded to the longest, on the CPU."""
+
+
+class Rows(NamedTuple):
+    """The rows of one batch, and the epoch that it belongs to."""
+
+    epoch: int
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Work:
-    """One optimiser step: its number from 1, its batches, and the rows of all of them."""
+    """One optimiser step: its number from 1, and its batches."""
 
     step: int
-    batches: tuple[tuple[int, ...], ...]
+    batches: tuple[Rows, ...]
 
     @property
     def rows(self) -> int:
         """Rows that count for the step."""
-        return sum(len(batch) for batch in self.batches)
+        return sum(len(batch.rows) for batch in self.batches)
 
 
 def batch_count(source: BatchSource, options: Training) -> int:
@@ -56,9 +63,9 @@ def step_count(source: BatchSource, options: Training) -> int:
 def work(source: BatchSource, options: Training, done: int = 0) -> Iterator[Work]:
     """Yield the optimiser steps that follow step `done`, in order."""
     total = batch_count(source, options)
-    group: list[tuple[int, ...]] = []
+    group: list[Rows] = []
     for position, batch in enumerate(_stream(source, total), start=1):
-        group.append(tuple(batch))
+        group.append(batch)
         if len(group) < options.accumulate and position < total:
             continue
         step = math.ceil(position / options.accumulate)
@@ -67,11 +74,11 @@ def work(source: BatchSource, options: Training, done: int = 0) -> Iterator[Work
         group = []
 
 
-def _stream(source: BatchSource, total: int) -> Iterator[Sequence[int]]:
+def _stream(source: BatchSource, total: int) -> Iterator[Rows]:
     epoch = given = 0
     while given < total:
         batches = source.epoch(epoch)[: total - given]
-        yield from batches
+        yield from (Rows(epoch, tuple(batch)) for batch in batches)
         given += len(batches)
         epoch += 1
 

@@ -8,7 +8,6 @@ full size. The directory of a step appears by one rename, with `stage.json` alre
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -24,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kroncc.errors import RunError
 from kroncc.plan.stages import Plan, Stage
+from kroncc.run.files import TEMPORARY, files_in, replace_directory, umask, write_text, writing
 
 RECORD = "stage.json"
-TEMPORARY = ".tmp-"
 
 
 class StageRecord(BaseModel):
@@ -42,6 +41,7 @@ class StageRecord(BaseModel):
     details: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, int] = Field(default_factory=dict)
     model: str | None = None  # directory of the model, where it is not the step's own
+    model_files: dict[str, int] = Field(default_factory=dict)
 
 
 class RunStore:
@@ -102,7 +102,7 @@ class RunStore:
             return None
         if record.hash != stage.hash:
             return None
-        whole = all(_size(directory / name) == size for name, size in record.files.items())
+        whole = _whole(directory, record.files) and _whole(Path(record.model or ""), record.model_files)
         return record if whole else None
 
     def is_finished(self, stage: Stage) -> bool:
@@ -114,7 +114,7 @@ class RunStore:
         """Yield an empty directory beside `steps/NAME`; it is removed again unless `commit` took it."""
         with writing(self.directory):
             path = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{name}-", dir=self.steps))
-            path.chmod(0o777 & ~_umask())
+            path.chmod(0o777 & ~umask())
         try:
             yield path
         finally:
@@ -123,7 +123,7 @@ class RunStore:
     def commit(self, staged: Path, record: StageRecord) -> StageRecord:
         """Finish a stage: list its files, write `stage.json`, flush to disk, rename into place."""
         with writing(self.directory):
-            record = record.model_copy(update={"files": _files(staged)})
+            record = record.model_copy(update={"files": files_in(staged)})
             (staged / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
             replace_directory(staged, self.step(record.name))
             for leftover in (self.checkpoints(record.name), self.cache(record.name)):
@@ -159,85 +159,8 @@ class RunStore:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing below `directory` into a `RunError`.
-
-    K802 no permission or not a directory, K803 the disk is full, K804 anything else.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise write_error(error, directory) from error
-
-
-def write_error(error: OSError, directory: Path) -> RunError:
-    """Return the `RunError` for a failed write below `directory`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(
-            f"the disk is full: cannot write to {directory}",
-            code="K803",
-            remedy="free space or give another directory with -o; finished stages and checkpoints are kept",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return RunError(
-            f"cannot write to {error.filename or directory}: {error.strerror}",
-            code="K802",
-            expected="a directory that this user may write to",
-            remedy="give another directory with -o",
-        )
-    return RunError(f"cannot write to {error.filename or directory}: {error.strerror or error}", code="K804")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside and rename it, so that a reader sees the old file or the new one, whole."""
-    handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def replace_directory(staged: Path, target: Path) -> None:
-    """Flush `staged` to disk and rename it to `target`; what was there goes away afterwards."""
-    flush_tree(staged)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    old = None
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=target.parent))
-        target.rename(old / "old")
-    staged.rename(target)
-    _flush(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def flush_tree(directory: Path) -> None:
-    """Force every file below `directory`, and the directories themselves, to disk."""
-    for path in sorted(directory.rglob("*"), reverse=True):
-        _flush(path)
-    _flush(directory)
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # directories cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _files(directory: Path) -> dict[str, int]:
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
+def _whole(directory: Path, files: dict[str, int]) -> bool:
+    return all(_size(directory / name) == size for name, size in files.items())
 
 
 def _size(path: Path) -> int | None:
@@ -245,9 +168,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

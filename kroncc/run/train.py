@@ -27,9 +27,10 @@ from kroncc.run.accelerators import make_accelerator
 from kroncc.run.checkpoint import Checkpoints, Position
 from kroncc.run.interrupt import Interrupt
 from kroncc.run.progress import NullReporter, Reporter, Step, peak_memory
-from kroncc.run.steps import Batch, BatchSource, Work, learning_rate, shard, step_count, work
+from kroncc.run.steps import Batch, BatchSource, Rows, Work, learning_rate, shard, step_count, work
 
-Teacher = Callable[[Sequence[int], Batch], Any]
+Teacher = Callable[[Sequence[int] | None, Batch], Any]
+Losses = tuple[torch.Tensor, dict[str, torch.Tensor]]
 CURVE_POINTS = 200
 
 
@@ -37,10 +38,12 @@ CURVE_POINTS = 200
 class TrainJob:
     """What to train.
 
-    `objective(batch, taught, progress)` returns the scalar loss, a mean over the rows of the batch, and holds
-    everything that trains: the student and whatever its losses need. `teacher(rows, batch)` returns what the
-    objective gets as `taught`; it runs without gradients. `tree` is the model whose modules are asked for
-    `set_progress`, `penalty` and `finalise`. `validation` gives the rows of `evaluate_every`.
+    `objective(batch, taught, progress)` returns the scalar loss, a mean over the rows of the batch, and the
+    values of its terms by name; it holds everything that trains: the student and whatever its losses need.
+    `teacher(accelerator)` makes the function that says what the objective gets as `taught`, from the row
+    numbers (None for rows of `validation`) and the batch; it runs without gradients. `tree` is the model whose
+    modules are asked for `set_progress`, `penalty` and `finalise`. `validation` gives the rows of
+    `evaluate_every`.
     """
 
     stage: str
@@ -90,10 +93,12 @@ class _Penalised(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, batch: Batch, taught: Any, progress: float) -> torch.Tensor:
-        loss: torch.Tensor = self.objective(batch, taught, progress)
+    def forward(self, batch: Batch, taught: Any, progress: float) -> Losses:
+        loss, terms = self.objective(batch, taught, progress)
         extra = live.penalty(self.objective) if self.training else None
-        return loss if extra is None else loss + extra
+        if extra is None:
+            return loss, terms
+        return loss + extra, {**terms, "penalty": extra.detach()}
 
 
 class _Loop:
@@ -116,9 +121,9 @@ class _Loop:
         started, rows = time.monotonic() - self.spent, 0
         begun = time.monotonic()
         for item in work(self.job.source, self.options, resumed):
-            loss, rate, stop = self._step(item, interrupt.wanted)
+            losses, rate, stop = self._step(item, interrupt.wanted)
             rows += item.rows
-            self._report(item.step, loss, rate, rows / max(time.monotonic() - begun, 1e-9), item.rows)
+            self._report(item, losses, rate, rows / max(time.monotonic() - begun, 1e-9))
             self._validate(item.step)
             self.spent = time.monotonic() - started
             due = item.step % self.options.checkpoint_every == 0 and item.step < self.total
@@ -148,58 +153,64 @@ class _Loop:
             recent=self.recent,
         )
 
-    def _step(self, item: Work, wanted: bool) -> tuple[float, float, bool]:
-        """Do one optimiser step; return its loss, its learning rate, and whether to stop."""
+    def _step(self, item: Work, wanted: bool) -> tuple[dict[str, float], float, bool]:
+        """Do one optimiser step; return its loss and terms, its learning rate, and whether to stop."""
         rate = learning_rate(self.options, item.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.objective.train()
         live.set_progress(self.job.tree, (item.step - 1) / self.total)
-        loss = torch.zeros((), device=self.accelerator.device)
+        shares = []
         for batch, last in _mark_last(item.batches):
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                loss += self._accumulate(batch, item)
-        mean, stop = self._agree(loss, wanted)
-        if not math.isfinite(mean):
-            raise self._not_finite("K811", f"the loss is {mean}", item.step, rate)
+                shares.append(self._accumulate(batch, item))
+        losses, stop = self._agree(shares, wanted)
+        if not math.isfinite(losses["loss"]):
+            raise self._not_finite("K811", f"the loss is {losses['loss']}", item.step, rate)
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.options.clip or math.inf)
         if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
             raise self._not_finite("K812", "the gradient is not finite", item.step, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return mean, rate, stop
+        return losses, rate, stop
 
-    def _accumulate(self, rows: Sequence[int], item: Work) -> torch.Tensor:
-        """Add the gradients of one batch; return its share of the step's loss, times the processes."""
+    def _accumulate(self, batch: Rows, item: Work) -> dict[str, torch.Tensor]:
+        """Add the gradients of one batch; return its share of the step's losses, times the processes."""
         world = self.accelerator.num_processes
-        mine, counted = shard(rows, self.accelerator.process_index, world)
-        loss = self._loss(self.job.source, mine, (item.step - 1) / self.total) * (counted * world / item.rows)
-        self.accelerator.backward(loss)
-        share: torch.Tensor = loss.detach()
-        return share
+        mine, counted = shard(batch.rows, self.accelerator.process_index, world)
+        weight = counted * world / item.rows
+        progress = (item.step - 1) / self.total
+        loss, terms = self._losses(self.job.source, Rows(batch.epoch, tuple(mine)), progress)
+        self.accelerator.backward(loss * weight)
+        return {name: value.detach() * weight for name, value in {"loss": loss, **terms}.items()}
 
-    def _loss(self, source: BatchSource, rows: Sequence[int], progress: float) -> torch.Tensor:
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in source.collate(rows).items()}
+    def _losses(self, source: BatchSource, rows: Rows, progress: float) -> Losses:
+        collated = source.collate(rows.rows, rows.epoch)
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in collated.items()}
         taught = None
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
-                taught = self.teacher(rows, batch)
-        loss: torch.Tensor = self.objective(batch, taught, progress)
-        return loss
+                taught = self.teacher(rows.rows if source is self.job.source else None, batch)
+        losses: Losses = self.objective(batch, taught, progress)
+        return losses
 
-    def _agree(self, loss: torch.Tensor, wanted: bool) -> tuple[float, bool]:
-        told = torch.stack(
-            [loss.double(), torch.tensor(float(wanted), device=loss.device, dtype=torch.double)]
-        )
-        mean, stop = self.accelerator.reduce(told, reduction="mean").tolist()
-        return mean, stop > 0
+    def _agree(
+        self, shares: Sequence[dict[str, torch.Tensor]], wanted: bool
+    ) -> tuple[dict[str, float], bool]:
+        """Return the losses of the step over all processes, and whether any process wants to stop."""
+        names = list(shares[0])
+        sums = [torch.stack([share[name].double() for share in shares]).sum() for name in names]
+        told = torch.stack([*sums, torch.full_like(sums[0], float(wanted))])
+        *means, stop = self.accelerator.reduce(told, reduction="mean").tolist()
+        return dict(zip(names, means, strict=True)), stop > 0
 
-    def _report(self, step: int, loss: float, rate: float, speed: float, rows: int) -> None:
+    def _report(self, item: Work, losses: dict[str, float], rate: float, speed: float) -> None:
+        step, loss = item.step, losses["loss"]
         self.recent = [*self.recent[-19:], loss]
         every = max(1, self.total // CURVE_POINTS)
         if step % every == 0 or step in (1, self.total):
-            self.curve.append({"step": step, "loss": loss, "learning_rate": rate})
-        left = (self.total - step) * rows / speed
+            self.curve.append({"step": step, **losses, "learning_rate": rate})
+        left = (self.total - step) * item.rows / speed
         cuda = self.accelerator.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.accelerator.device) if cuda else peak_memory()
         self.reporter.step(self.job.stage, Step(step, self.total, loss, rate, speed, left, peak))
@@ -218,10 +229,9 @@ class _Loop:
         sums = torch.zeros(2, dtype=torch.double, device=self.accelerator.device)
         for batch in source.epoch(0):
             mine, counted = shard(batch, self.accelerator.process_index, self.accelerator.num_processes)
-            loss = self._loss(source, mine, step / self.total)
-            sums += torch.stack(
-                [loss.double() * counted, torch.tensor(float(counted), device=loss.device).double()]
-            )
+            loss, _ = self._losses(source, Rows(0, tuple(mine)), step / self.total)
+            sums[0] += loss.double() * counted
+            sums[1] += counted
         total, rows = self.accelerator.reduce(sums, reduction="sum").tolist()
         return float(total / rows)
 
@@ -244,7 +254,7 @@ class _Loop:
         )
 
 
-def _mark_last(batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], bool]]:
+def _mark_last(batches: Sequence[Rows]) -> Iterator[tuple[Rows, bool]]:
     return ((batch, index == len(batches) - 1) for index, batch in enumerate(batches))
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from kroncc.errors import RunError
 from kroncc.plan.stages import Stage
-from kroncc.run.store import RECORD, RunStore, StageRecord, replace_directory, write_text, writing
+from kroncc.run.files import replace_directory, write_text, writing
+from kroncc.run.store import RECORD, RunStore, StageRecord
 
 
 def stage(name: str = "s", stage_hash: str = "h1") -> Stage:
@@ -166,7 +167,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) 
     write_text(path, "old")
     code = (
         "import pathlib, resource, signal, sys\n"
-        "from kroncc.run.store import write_text\n"
+        "from kroncc.run.files import write_text\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "write_text(pathlib.Path(sys.argv[1]), 'new' * 100_000)\n"

@@ -33,7 +33,7 @@ class Rows:
         order = torch.randperm(len(self.x), generator=generator).tolist()
         return [order[start : start + self.size] for start in range(0, len(order), self.size)]
 
-    def collate(self, rows) -> dict[str, torch.Tensor]:
+    def collate(self, rows, epoch=0) -> dict[str, torch.Tensor]:
         return {"x": self.x[list(rows)], "y": self.y[list(rows)]}
 
 
@@ -46,7 +46,8 @@ class Objective(nn.Module):
 
     def forward(self, batch, taught, progress):
         target = batch["y"] if taught is None else taught
-        return (self.net(batch["x"]) - target).square().mean()
+        loss = (self.net(batch["x"]) - target).square().mean()
+        return loss, {"square": loss.detach()}
 
 
 class Heard(NullReporter):
@@ -113,7 +114,9 @@ def test_work_goes_on_where_it_stopped() -> None:
 
 def test_every_epoch_sees_every_row_once() -> None:
     items = list(work(Rows(5), Training(data="d", epochs=2)))
-    rows = [row for item in items for batch in item.batches for row in batch]
+    batches = [batch for item in items for batch in item.batches]
+    rows = [row for batch in batches for row in batch.rows]
+    assert [batch.epoch for batch in batches] == [0] * 7 + [1] * 7
     assert sorted(rows) == sorted([*range(32), *range(32)])
 
 
@@ -146,6 +149,7 @@ def test_loss_falls_and_is_reported(tmp_path: Path) -> None:
     assert heard.steps[-1].peak_bytes > 2**20
     assert result.steps == 60
     assert result.curve[-1]["step"] == 60
+    assert result.curve[-1]["square"] == result.curve[-1]["loss"] == heard.steps[-1].loss
 
 
 def test_equals_a_plain_torch_loop(tmp_path: Path) -> None:
@@ -162,7 +166,7 @@ def test_equals_a_plain_torch_loop(tmp_path: Path) -> None:
     for step, rows in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * (1 - step / 5)
-        loss = plain(source.collate(rows), None, 0.0)
+        loss, _ = plain(source.collate(rows), None, 0.0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -249,7 +253,7 @@ def test_validation_loss_is_on_the_curve_and_leaves_training_alone(tmp_path: Pat
     points = [point for point in result.curve if "validation_loss" in point]
     assert [point["step"] for point in points] == [5, 10, 12]
     watched.eval()
-    expected = watched(Rows(7).collate(range(32)), None, 1.0).item()
+    expected = watched(Rows(7).collate(range(32)), None, 1.0)[0].item()
     assert points[-1]["validation_loss"] == pytest.approx(expected, rel=1e-5)
     assert same(weights(plain), weights(watched))
 
@@ -280,9 +284,10 @@ def test_live_modules_are_honoured(tmp_path: Path) -> None:
     live = Shrinking()
     objective.net = nn.Sequential(live)
     before = live.inner.weight.detach().norm()
-    train(job(tmp_path, objective, max_steps=40, accumulate=2))
+    result = train(job(tmp_path, objective, max_steps=40, accumulate=2))
     assert live.heard == pytest.approx([step / 40 for step in range(40)])
     assert type(objective.net[0]) is nn.Linear
+    assert result.curve[0]["penalty"] == pytest.approx(10 * before.item() ** 2, rel=1e-5)
     assert live.inner.weight.norm() < 0.5 * before
 
 
@@ -308,7 +313,8 @@ def test_nan_stops_names_the_step_and_keeps_the_last_checkpoint(tmp_path: Path) 
 def test_infinite_gradient_stops_before_the_weights_change(tmp_path: Path) -> None:
     class Root(Objective):
         def forward(self, batch, taught, progress):
-            return super().forward(batch, taught, progress) + self.net[0].bias.mul(0.0).sum().abs().sqrt()
+            loss, terms = super().forward(batch, taught, progress)
+            return loss + self.net[0].bias.mul(0.0).sum().abs().sqrt(), terms
 
     objective = Root()
     before = weights(objective)
