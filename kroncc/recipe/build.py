@@ -1,4 +1,4 @@
-"""From nodes to the recipe's models: unfold the short forms of passes and losses, check shapes, keep all faults."""
+"""From nodes to the recipe's models: unfold short forms, check shapes, keep all faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from kroncc.recipe.schema import (
     Distill,
     LossSpec,
     ModelSpec,
-    PassCall,
     Recipe,
     Scope,
 )
@@ -105,7 +104,7 @@ def _outline() -> Schema:
     schema = Recipe.model_json_schema()
     named = {key: schema["properties"][key] for key in ("data", "steps")}
     parts = {
-        key: {**part, "patternProperties": dict.fromkeys(part["patternProperties"], {})}
+        key: {**part, "patternProperties": {pattern: {} for pattern in part["patternProperties"]}}
         for key, part in named.items()
     }
     properties = {**schema["properties"], **parts, "model": {"type": "object"}, "kroncc": {}}
@@ -113,7 +112,7 @@ def _outline() -> Schema:
 
 
 def build(root: Node, places: PlaceMap, passes: PassSchemas | None) -> Draft:
-    """Return the draft of a composed recipe, with the problems of shape (K130-K152, and those of pass lookup)."""
+    """Return the draft of a composed recipe, with its problems of shape (K130-K150, K41x)."""
     draft = Draft(places, passes)
     value = root.plain()
     draft.check(value, _outline(), ())
@@ -243,6 +242,3 @@ def loss_schema(kind: str) -> Schema:
         unused.add("temperature")
     properties = {key: part for key, part in schema["properties"].items() if key not in unused}
     return {**schema, "properties": properties, "required": []}
-
-
-__all__ = ["Draft", "PassCall", "PassSchemas", "build", "loss_schema", "schema_of"]

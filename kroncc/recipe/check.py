@@ -1,14 +1,15 @@
 """Check what a recipe says as a whole: names, the graph of its steps, targets, taps, expectations.
 
-What counts as unused: a data set that no step names; and a `compress`, `finetune` or `distill` step whose model no
-other step and no expectation names - except the last of them in the file (with the other copies of its
-`for_each`), which is the recipe's result. `evaluate` and `export` are results in themselves.
+What counts as unused: a data set that no step names; and a `compress`, `finetune` or `distill` step whose
+model no other step and no expectation names - except the last of them in the file (with the other copies of
+its `for_each`), which is the recipe's result. `evaluate` and `export` are results in themselves.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from kroncc.errors import KronccError, did_you_mean
 from kroncc.recipe import names
@@ -137,7 +138,7 @@ def _check_words(draft: Draft, action: Action, path: Path) -> None:
 
 def _check_targets(draft: Draft, targets: Sequence[str], path: Path) -> None:
     for index, text in enumerate(targets):
-        _collect(draft, lambda text=text: parse_target(text), (*path, index))
+        _collect(draft, partial(parse_target, text), (*path, index))
 
 
 def _collect(draft: Draft, attempt: Callable[[], object], path: Path) -> object | None:
@@ -162,7 +163,7 @@ def _check_tap(draft: Draft, tap: str, path: Path) -> None:
 def _expectations(draft: Draft) -> list[Expectation]:
     found = []
     for key, text in draft.expect.items():
-        parsed = _collect(draft, lambda key=key, text=text: parse_expectation(key, text), ("expect", key))
+        parsed = _collect(draft, partial(parse_expectation, key, text), ("expect", key))
         if isinstance(parsed, Expectation):
             found.append(parsed)
             for name in sorted(parsed.names()):

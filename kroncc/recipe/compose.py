@@ -28,8 +28,8 @@ def merge(below: Node, above: Node) -> Node:
 def read_extended(root: Node, path: Path, display: str) -> Node:
     """Return `root` laid over the recipe that it extends, and so on down the chain.
 
-    Names are relative to the file that says `extends`. Raises `RecipeError` K120 (not a file name), K121 (cycle or
-    too long a chain), and what reading the other file raises.
+    Names are relative to the file that says `extends`. Raises `RecipeError` K120 (not a file name), K121 (a
+    circle or too long a chain), and what reading the other file raises.
     """
     layers, seen = [root], [path.resolve()]
     while (asked := layers[-1].children.get("extends")) is not None:
@@ -117,8 +117,8 @@ def _at(node: Node, place: Place) -> Node:
 def override(root: Node, path: str, value: Node) -> Node:
     """Return `root` with the value at `path` set.
 
-    Every part but the last must be there; the last may be new, and is checked like any other key. Keys that hold
-    dots are found as written (`expect.task.accuracy`). Raises `RecipeError` K123 with the nearest key.
+    Every part but the last must be there; the last may be new, and is checked like any other key. Keys that
+    hold dots are found as written (`expect.task.accuracy`). Raises `RecipeError` K123 with the nearest key.
     """
     return _override(root, path, value, path)
 

@@ -1,4 +1,4 @@
-"""`for_each`: one step written once becomes one step a value, with `${variable}` replaced in names and text."""
+"""`for_each`: a step written once becomes one a value, with `${variable}` replaced in names and text."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def expand_steps(root: Node) -> Expanded:
     """Return the recipe with every `for_each` step replaced by its copies, in place.
 
     Several variables make all combinations. Text that is nothing but `${v}` takes the value itself, so a number
-    stays a number. Problems: K125 (`for_each` is malformed), K126 (the copies' names would be equal), K127 (no such
-    variable), K128 (two steps of one name), K129 (too many).
+    stays a number. Problems: K108 (variables make two keys equal), K125 (`for_each` is malformed), K126 (a
+    variable is missing in the step's name), K127 (no such variable), K128 (two steps of one name), K129 (too
+    many).
     """
     problems: list[Problem] = []
     outside = replace(root, value={key: node for key, node in root.children.items() if key != "steps"})

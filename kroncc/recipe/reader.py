@@ -1,7 +1,7 @@
 """Read one YAML file into nodes: libyaml's events, bounded in size, depth and alias expansion.
 
-Only plain data comes out: mappings with text keys, lists, text, numbers, booleans, null. Tags that build objects
-are refused. Duplicate keys are errors. Merge keys (`<<: *name`) work, the mapping's own keys win.
+Only plain data comes out: mappings with text keys, lists, text, numbers, booleans, null. Tags that build
+objects are refused. Duplicate keys are errors. Merge keys (`<<: *name`) work, the mapping's own keys win.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _position(text: str, file: str, error: yaml.YAMLError) -> Place:
 
 
 def _is_control(letter: str) -> bool:
-    return (ord(letter) < 32 and letter not in "\t\n\r") or 127 <= ord(letter) < 160 and letter != "\x85"
+    return (ord(letter) < 32 and letter not in "\t\n\r") or (127 <= ord(letter) < 160 and letter != "\x85")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What an unquoted YAML word means: the core schema of YAML 1.2, with `1_000` and without surprises.
 
-`1e-3` is a number, `on` and `2024-01-01` are text, and so is `010`, which one reader takes for 8 and another for 10.
+`1e-3` is a number, `on` and `2024-01-01` are text, and so is `010`, which one reader takes for 8 and another
+for 10.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ NonEmptyTexts = Annotated[
 
 
 class Strict(BaseModel):
-    """Base of all recipe models: frozen, no unknown keys. The loader validates strictly: no numbers from text."""
+    """Base of all recipe models: frozen, no unknown keys. The loader validates strictly: "3" is no number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -1,7 +1,7 @@
 """Check a plain value against a JSON Schema, in plain words.
 
-Knows the keywords that pydantic writes; any other keyword is passed over (the pydantic model that the schema comes
-from has the last word). The same code checks the recipe's own keys and the options of passes.
+Knows the keywords that pydantic writes; any other keyword is passed over (the pydantic model that the schema
+comes from has the last word). The same code checks the recipe's own keys and the options of passes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Schema = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that does not fit: where (from the checked value), and whether it is the key that is wrong."""
+    """One thing that does not fit: where (below the checked value), and whether the key itself is wrong."""
 
     code: str
     path: Path
@@ -31,8 +31,11 @@ class Fault:
 
 
 def faults(value: Any, schema: Schema) -> list[Fault]:
-    """Return all that is wrong with `value`: K130 unknown key, K131 missing key, K132 wrong type, K133 not one of
-    the allowed values, K134 outside of the allowed range, length or pattern, K137 a key that is no good name."""
+    """Return all that is wrong with `value`.
+
+    K130 unknown key, K131 missing key, K132 wrong type, K133 not one of the allowed values, K134 outside of the
+    allowed range, length or pattern, K137 a key that is no good name.
+    """
     return list(_faults(value, schema, (), schema))
 
 
@@ -104,7 +107,7 @@ def fits_type(value: Any, name: str | list[str] | None) -> bool:
         "array": list,
         "null": type(None),
     }
-    return isinstance(value, types.get(name, ()))
+    return bool(isinstance(value, types.get(name, ())))
 
 
 def _wrong_type(value: Any, schema: Schema, path: Path, root: Schema) -> Fault:

@@ -1,0 +1,89 @@
+"""The JSON Schema of a recipe file as it is written, for editors (`kroncc schema`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kroncc.recipe.build import LOSS_KINDS, PassSchemas, loss_schema, schema_of
+from kroncc.recipe.schema import STEP_KINDS, Recipe, Scope
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+_STEP_NAME = r"^([A-Za-z]|\$\{)[A-Za-z0-9_${}-]*$"
+_FOR_EACH = {
+    "type": "object",
+    "description": "one copy of the step a value; ${name} stands for it in names and text",
+    "minProperties": 1,
+    "additionalProperties": {
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": ["string", "number", "boolean"]},
+    },
+}
+
+
+def recipe_schema(passes: PassSchemas) -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of recipe files, the options of all `passes` included."""
+    schema = Recipe.model_json_schema()
+    definitions = {name: part for name, part in schema["$defs"].items() if name in ("ModelSpec", "DataSpec")}
+    for kind, model in STEP_KINDS.items():
+        definitions[kind] = json.loads(json.dumps(schema_of(model)))
+        definitions[kind].pop("$defs", None)
+    definitions["compress"]["properties"]["passes"]["items"] = {"$ref": "#/$defs/pass"}
+    definitions["distill"]["properties"]["losses"]["items"] = {"$ref": "#/$defs/loss"}
+    definitions["loss"] = _named({kind: dict(loss_schema(kind)) for kind in LOSS_KINDS})
+    definitions["pass"] = _named(
+        {name: _options(name, passes.schema(name), definitions) for name in passes.names()}
+    )
+    definitions["step"] = {"oneOf": [_step(kind) for kind in STEP_KINDS]}
+    properties = {
+        **schema["properties"],
+        "steps": {
+            "type": "object",
+            "propertyNames": {"pattern": _STEP_NAME},
+            "additionalProperties": {"$ref": "#/$defs/step"},
+        },
+        "extends": {"type": "string", "description": "a recipe that this one is laid over"},
+    }
+    properties["data"] = {**schema["properties"]["data"], "additionalProperties": False}
+    return {
+        "$schema": DRAFT,
+        "title": "kroncc recipe",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "if": {"required": ["extends"]},
+        "else": {"required": ["kroncc", "name", "model", "steps"]},
+        "$defs": definitions,
+    }
+
+
+def _step(kind: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {kind: {"$ref": f"#/$defs/{kind}"}, "for_each": _FOR_EACH},
+        "required": [kind],
+        "additionalProperties": False,
+    }
+
+
+def _named(options: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the schema of an entry written `- NAME: {...}`, or `- NAME` alone."""
+    one = {
+        "type": "object",
+        "properties": {name: {"anyOf": [part, {"type": "null"}]} for name, part in options.items()},
+        "minProperties": 1,
+        "maxProperties": 1,
+        "additionalProperties": False,
+    }
+    return {"anyOf": [one, {"enum": sorted(options)}]}
+
+
+def _options(name: str, schema: Mapping[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return a pass's options together with the scope keys; its own definitions move to the top."""
+    text = json.dumps(schema).replace('"#/$defs/', f'"#/$defs/{name}.')
+    own = json.loads(text)
+    definitions.update({f"{name}.{key}": part for key, part in own.pop("$defs", {}).items()})
+    own["properties"] = {**own.get("properties", {}), **Scope.model_json_schema()["properties"]}
+    return dict(own)
