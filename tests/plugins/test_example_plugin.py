@@ -43,7 +43,7 @@ def test_it_is_discovered_run_saved_and_reloaded(installed):
 
 @pytest.mark.long
 def test_it_is_listed_and_explained(installed):
-    kroncc = [sys.executable, "-m", "kroncc.cli", "passes"]
+    kroncc = [sys.executable, "-m", "kroncc", "passes"]
     listed = subprocess.run(kroncc, env=installed, capture_output=True, text=True, check=True).stdout
     assert "block-diagonal" in listed
     assert "example-plugin" in listed
