@@ -15,7 +15,7 @@ from kroncc.graph.inputs import default_inputs, example_inputs
 from kroncc.graph.lift import innermost, lift, stack_of
 from kroncc.graph.model_graph import Extras, ModelGraph, copy_graph
 from kroncc.graph.modules import Region
-from kroncc.graph.shapes import unify
+from kroncc.graph.symbolic import unify
 from kroncc.graph.trace import Trace, trace
 
 if TYPE_CHECKING:
