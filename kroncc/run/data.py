@@ -16,10 +16,11 @@ import datasets
 
 from kroncc.errors import DataError, did_you_mean
 from kroncc.plan.stages import content_hash
+from kroncc.recipe.names import FILE_SOURCES
 from kroncc.recipe.schema import DataSpec
 from kroncc.run.labels import Labels, infer_labels
 from kroncc.run.loading import cached_map, check_columns, load_splits
-from kroncc.run.sources import FILE_KINDS, check_source, source_fingerprint
+from kroncc.run.sources import check_source, source_fingerprint
 
 VERSION = 1  # of the rows that this file makes; part of every fingerprint
 SCALARS = ("string", "large_string", "int", "uint", "float", "double", "bool")
@@ -119,7 +120,7 @@ def _chosen(raw: dict[str, datasets.Dataset], spec: DataSpec, name: str) -> dict
             )
     chosen = {ours: raw[theirs] for ours, theirs in spec.split.items()} if spec.split else raw
     for split, rows in chosen.items():
-        label = [spec.label] if spec.label and (spec.source in FILE_KINDS or split == "train") else []
+        label = [spec.label] if spec.label and (spec.source in FILE_SOURCES or split == "train") else []
         check_columns([*spec.text, *label], rows.column_names, f"data {name!r}, split {split!r},")
         for column in spec.text:
             _check_text(rows, column, name)
@@ -143,19 +144,18 @@ def _labels(raw: dict[str, datasets.Dataset], spec: DataSpec, name: str) -> Labe
     values: set[Any] = set()
     names = None
     for rows in raw.values():
-        if not _is_labelled(rows, spec.label):
-            continue
-        feature = rows.features[spec.label]
+        feature = rows.features.get(spec.label)
         if isinstance(feature, datasets.ClassLabel):
             names = tuple(feature.names)
-        elif not isinstance(feature, datasets.Value):
+        elif feature is not None and not isinstance(feature, datasets.Value):
             raise DataError(
                 f"data {name!r}: the label column {spec.label!r} holds {feature}",
                 code="K606",
                 path="label",
                 expected="one class or one number a row",
             )
-        values.update(rows.unique(spec.label))
+        if _is_labelled(rows, spec.label):
+            values.update(rows.unique(spec.label))
     if not values and any(map(len, raw.values())):
         raise DataError(f"data {name!r}: the label column {spec.label!r} is empty", code="K606", path="label")
     return infer_labels(values, name, spec.label, names) if values else None

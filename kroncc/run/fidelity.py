@@ -28,7 +28,7 @@ class Fidelity(Protocol):
 
 
 class DistributionFidelity:
-    """`agreement`: share of positions with the same largest logit. `kl`: mean KL(reference || model), nats."""
+    """`agreement`: share of positions with the same largest logit. `kl`: mean KL(reference || model)."""
 
     def __init__(self) -> None:
         self.positions = 0

@@ -14,9 +14,10 @@ import datasets
 import pyarrow  # type: ignore[import-untyped]
 
 from kroncc.errors import DataError, did_you_mean
+from kroncc.recipe.names import FILE_SOURCES
 from kroncc.recipe.schema import DataSpec
 from kroncc.run.corpus import python_docs
-from kroncc.run.sources import FILE_KINDS, PYTHON_DOCS, find_files
+from kroncc.run.sources import PYTHON_DOCS, find_files
 
 ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
 
@@ -32,7 +33,7 @@ def load_splits(spec: DataSpec, name: str, root: Path, cache: Path) -> dict[str,
                 split: datasets.Dataset.from_dict({"text": list(rows)})
                 for split, rows in python_docs().items()
             }
-        if spec.source in FILE_KINDS:
+        if spec.source in FILE_SOURCES:
             return _from_files(spec, name, find_files(spec, name, root), cache)
         return _from_hub(spec, name)
 
@@ -122,26 +123,39 @@ def _options(spec: DataSpec, name: str, files: dict[str, list[Path]]) -> dict[st
         return {}
     wanted = [*spec.text, *([spec.label] if spec.label else [])]
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if spec.quoting else csv.QUOTE_NONE
-    for paths in files.values():
-        for path in paths:
-            check_columns(wanted, _header(path, spec.delimiter, quoting), f"data {name!r}: {path}")
+    columns: dict[str, type[str]] = {}
+    for path in (path for paths in files.values() for path in paths):
+        header = _header(path, spec.delimiter, quoting)
+        check_columns(wanted, header, f"data {name!r}: {path}")
+        columns.update(dict.fromkeys(header, str))
     return {
         "delimiter": spec.delimiter,
         "quoting": quoting,
         "encoding": ENCODING,
-        "usecols": wanted,
-        "converters": dict.fromkeys(wanted, str),  # text stays text: no 007 -> 7, no "NA" -> missing
+        "converters": columns,  # text stays text: no 007 -> 7
+        "na_filter": False,  # nor "NA" -> missing
     }
 
 
 def _header(path: Path, delimiter: str, quoting: Literal[0, 3]) -> list[str]:
+    """Return the column names of a file, whose first row must have as many fields."""
     try:
         with path.open(encoding=ENCODING, newline="") as file:
-            return next(csv.reader(file, delimiter=delimiter, quoting=quoting), [])
+            lines = (line for line in csv.reader(file, delimiter=delimiter, quoting=quoting) if line)
+            header = next(lines, [])
+            first = next(lines, header)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{path}: {error}", code="K603", path="files", expected="UTF-8 text with a line of column names"
         ) from error
+    if len(first) > len(header):  # pandas would take the first field as a name of the row, and shift the rest
+        raise DataError(
+            f"{path}: the first row has {len(first)} fields, and there are {len(header)} column names",
+            code="K603",
+            path="files",
+            remedy="check `delimiter`, and set `quoting: false` where quote characters are part of the text",
+        )
+    return header
 
 
 def _unreadable(error: Exception, spec: DataSpec, name: str, files: dict[str, list[Path]]) -> Exception:
@@ -153,6 +167,8 @@ def _unreadable(error: Exception, spec: DataSpec, name: str, files: dict[str, li
             return cause
     listed = [str(path) for paths in files.values() for path in paths]
     shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+    if "corresponds to no data" in str(cause):  # how `datasets` says that it found no rows
+        return DataError(f"data {name!r}: no rows in {shown}", code="K605", path="files")
     remedies = {
         "csv": "check `delimiter`, and set `quoting: false` where quote characters are part of the text",
         "json": "write one object a line (JSON lines), or one list of objects",
@@ -178,7 +194,9 @@ def _from_hub(spec: DataSpec, name: str) -> dict[str, datasets.Dataset]:
             f"data {name!r}: cannot load {spec.source!r} from the hub: {first}",
             code="K619" if known else "K608",
             path="name" if known else "source",
-            expected="" if known else f"{', '.join(FILE_KINDS)}, {PYTHON_DOCS}, or the id of a hub data set",
+            expected=""
+            if known
+            else f"{', '.join(FILE_SOURCES)}, {PYTHON_DOCS}, or the id of a hub data set",
             remedy="set `name:` to one of its configurations"
             if known
             else "check the id and the network, or name downloaded files with `source: parquet` or `csv`",

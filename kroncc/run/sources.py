@@ -9,10 +9,10 @@ from pathlib import Path
 
 from kroncc.errors import DataError, did_you_mean
 from kroncc.plan.stages import content_hash
+from kroncc.recipe.names import BUILTIN_SOURCES, FILE_SOURCES
 from kroncc.recipe.schema import DataSpec
 from kroncc.run.corpus import python_docs
 
-FILE_KINDS = ("text", "csv", "json", "parquet")
 PYTHON_DOCS = "builtin:python-docs"
 MATTERS = (
     "source",
@@ -52,20 +52,20 @@ def find_files(spec: DataSpec, name: str, root: Path) -> dict[str, list[Path]]:
 
 def check_source(spec: DataSpec, name: str) -> None:
     """Refuse a source whose options do not go together, before anything is read."""
-    if spec.source.startswith("builtin:") and spec.source != PYTHON_DOCS:
+    if spec.source.startswith("builtin:") and spec.source not in BUILTIN_SOURCES:
         raise DataError(
             f"data {name!r}: there is no source {spec.source!r}",
             code="K615",
             path="source",
-            remedy=did_you_mean(spec.source, [PYTHON_DOCS]),
+            remedy=did_you_mean(spec.source, BUILTIN_SOURCES),
         )
-    if spec.source not in FILE_KINDS and spec.files is not None:
+    if spec.source not in FILE_SOURCES and spec.files is not None:
         raise DataError(
             f"data {name!r}: source {spec.source!r} takes no `files`",
             code="K616",
             path="files",
-            expected=f"a source that reads files: {', '.join(FILE_KINDS)}",
-            remedy=did_you_mean(spec.source, FILE_KINDS),
+            expected=f"a source that reads files: {', '.join(FILE_SOURCES)}",
+            remedy=did_you_mean(spec.source, FILE_SOURCES),
         )
     if not 1 <= len(spec.text) <= 2:
         raise DataError(
@@ -92,7 +92,7 @@ def source_fingerprint(spec: DataSpec, name: str, root: Path) -> str:
     options = spec.model_dump(mode="json", include=set(MATTERS) - {"files"})
     if spec.source == PYTHON_DOCS:
         return content_hash([options, python_docs()])
-    if spec.source not in FILE_KINDS:
+    if spec.source not in FILE_SOURCES:
         return content_hash([options])
     files = find_files(spec, name, root)
     return content_hash(
