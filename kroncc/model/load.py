@@ -84,9 +84,10 @@ def load_directory(
     config = read_config(place)
     check_weights(place)
     cls = _saved_class(config, place)
-    if labels is None or labels == config.num_labels:
+    if labels is not None:
+        _require_labels(cls.__name__)
+    if labels in (None, config.num_labels):
         return _load(cls, place, config, seed, dtype, strict=True)
-    _require_labels(cls.__name__)
     return _load(cls, place, _relabelled(cls, config, labels), seed, dtype)
 
 

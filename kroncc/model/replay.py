@@ -115,6 +115,12 @@ def set_module(model: nn.Module, fqn: str, module: nn.Module) -> None:
     module.train(old.training)
 
 
+def make_contiguous(module: nn.Module) -> None:
+    """Lay out all Parameters in row-major order, as they are on disk: another order gives other last bits."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
 def _replay_pass(model: nn.Module, applied: AppliedPass, replaced: dict[str, nn.Module]) -> AppliedPass:
     """Apply one pass to all of its sites; return it with their names in `model`, note what it took out."""
     pass_ = _build(applied)
@@ -142,6 +148,7 @@ def _rewritten(pass_: SitePass, site: Site, model: nn.Module) -> dict[str, nn.Mo
         raise _misfit(pass_, site, outcome.reason)
     modules = {site.fqn: outcome.module, **outcome.partners}
     for fqn, module in modules.items():
+        make_contiguous(module)
         _reject_lost_buffers(pass_, fqn, module)
     return modules
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kroncc.errors import RunError
 from kroncc.model.quantizer import attach
+from kroncc.model.replay import make_contiguous
 from kroncc.model.structure import Structure
 from kroncc.model.ties import declare_ties
 from kroncc.quiet import quiet_transformers
@@ -68,6 +69,7 @@ def write_model(
     """Write the same files straight into an existing directory, for callers that rename it themselves."""
     attach(model, structure)
     declare_ties(model)
+    make_contiguous(model)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     with quiet_transformers(), _writing(directory):
         model.save_pretrained(directory, state_dict=_cast(model.state_dict(), kind))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ PACKAGE = "package:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "merges.txt", "*.model")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # names that configs take beside their fields: properties of the base class and older spellings it still reads
 ALSO_CONFIG_KEYS = {
     "model_type", "num_labels", "torch_dtype", "attn_implementation", "output_attentions",
@@ -83,12 +86,12 @@ def resolve(spec: ModelSpec, root: Path) -> Origin:
 
 def tokenizer_for(source: Origin | Path) -> Any:
     """Return the tokenizer that lies beside a model; `ModelError` K515 where there is none."""
-    return _beside(AutoTokenizer, "tokenizer", source)
+    return _beside(AutoTokenizer, "tokenizer", source, TOKENIZER_FILES)
 
 
 def processor_for(source: Origin | Path) -> Any:
     """Return the image processor that lies beside a model; `ModelError` K515 where there is none."""
-    return _beside(AutoImageProcessor, "image processor", source)
+    return _beside(AutoImageProcessor, "image processor", source, PROCESSOR_FILES)
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -211,10 +214,12 @@ def _other_ways() -> str:
     return f"{start}give a directory or package:NAME/PATH, or add `model.config` to plan without the model"
 
 
-def _beside(auto: Any, what: str, source: Origin | Path) -> Any:
+def _beside(auto: Any, what: str, source: Origin | Path, files: Sequence[str]) -> Any:
     directory = source if isinstance(source, Path) else source.fetch(weights=False)
     trust = isinstance(source, Origin) and source.trust_remote_code
     try:
+        if not any(next(directory.glob(pattern), None) for pattern in files):
+            raise FileNotFoundError(f"none of {', '.join(files)}")  # transformers would make an empty one up
         return auto.from_pretrained(directory, trust_remote_code=trust)
     except Exception as error:  # missing files, malformed ones: transformers raises many types for them
         reason = " ".join(str(error).split())[:200]

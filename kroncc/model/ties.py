@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ def tied_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return tied
 
 
-def tie_declared(model: nn.Module) -> None:
+def tie_declared(model: Any) -> None:
     """Share the Parameters that the model's class and config declare as tied.
 
     `from_pretrained` builds its skeleton with ties switched off; passes must see the model as it will be.

@@ -84,8 +84,7 @@ class Halves(SitePass):
         else:
             u, s, v = torch.linalg.svd(weight.detach().float(), full_matrices=False)
             a, b = u[:, : self.rank] * s[: self.rank], v[: self.rank]
-        a, b = (nn.Parameter(torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t)) for t in (a, b))
-        a.data, b.data = a.data.to(weight.dtype), b.data.to(weight.dtype)
+        a, b = (nn.Parameter(factor.detach().to(weight.dtype).clone()) for factor in (a, b))
         if isinstance(site.module, nn.Embedding):
             return FactorEmbedding(a, b)
         new = Factors(a, b, site.module.bias)
