@@ -1,9 +1,9 @@
 """Nearest sum of Kronecker products to a matrix (Van Loan and Pitsianis, 1993).
 
-W [m, n] is rearranged into R [m1 n1, m2 n2], so that sum_k A_k (x) B_k becomes sum_k vec(A_k) vec(B_k)^T. The
-nearest sum of `rank` products is therefore R cut to its leading singular triples. R is never decomposed as a whole:
-its shorter side has a Gram matrix, and where that is large too, a block Krylov space (Musco and Musco, 2015) is
-grown until the residual is settled.
+W [m, n] is rearranged into R [m1 n1, m2 n2], so that sum_k A_k (x) B_k becomes sum_k vec(A_k) vec(B_k)^T.
+The nearest sum of `rank` products is therefore R cut to its leading singular triples. R is never decomposed
+as a whole: its shorter side has a Gram matrix, and where that is large too, a block Krylov space (Musco and
+Musco, 2015) is grown until the residual is settled. `python -m benchmarks kronecker-init` compares the times.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ BLOCK = 16  # columns a Krylov step; fewer cost the same memory traffic and conv
 
 
 def nearest_product(weight: Tensor, a: Shape, b: Shape, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return A [rank, m1, n1] and B [rank, m2, n2] whose sum of products is nearest to `weight` [m1 m2, n1 n2].
+    """Return A [rank, m1, n1] and B [rank, m2, n2], their sum of products nearest to `weight` [m1 m2, n1 n2].
 
-    Nearest in the Frobenius norm; the relative error is within 1e-5 of the optimum. Each factor takes the square
-    root of its singular value, the largest entry of the factor with fewer entries is positive. The factors are
-    float32 (float64 for a float64 weight): what they are stored in is the caller's choice.
-    Raises PassError K413 if the weight is not finite.
+    Nearest in the Frobenius norm; the relative error is within 1e-5 of the optimum. Each factor takes the
+    square root of its singular value; the largest entry of the factor with fewer entries is positive. The
+    factors are float32 (float64 for a float64 weight): what they are stored in is the caller's choice.
+    Raises PassError K425 if the weight is not finite.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rearranged = rearrange(weight.detach(), a, b)
@@ -57,14 +57,16 @@ def rearrange(weight: Tensor, a: Shape, b: Shape) -> Tensor:
 def _blocks(rearranged: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield R [short, long] in column blocks of about CHUNK elements."""
     s1, s2, l1, l2 = rearranged.shape
-    for part in rearranged.split(max(1, CHUNK // (s1 * s2 * l2)), dim=2):
+    step = max(1, CHUNK // (s1 * s2 * l2))
+    for start in range(0, l1, step):
+        part = rearranged[:, :, start : start + step]
         # One copy both permutes and converts; flattening first would permute element by element.
         block = torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
         yield block.view(s1 * s2, part.shape[2] * l2)
 
 
 def _leading_vectors(rearranged: Tensor, rank: int, seed: int) -> Tensor:
-    """Return `rank` orthonormal columns [short, rank], float64, that span the leading left singular space of R."""
+    """Return `rank` orthonormal columns [short, rank], float64: the leading left singular space of R."""
     short = rearranged.shape[0] * rearranged.shape[1]
     if short > GRAM_SIDE and 8 * (rank + BLOCK) < short:
         exact = rearranged.dtype == torch.float64
@@ -79,13 +81,15 @@ def _gram_vectors(rearranged: Tensor, rank: int) -> Tensor:
     """Return the leading eigenvectors of R R^T, summed in float64: squaring costs half the digits."""
     gram = sum((block @ block.T for block in _blocks(rearranged, torch.float64)), start=torch.zeros(()))
     _require_finite(gram.diagonal().sum().item())
-    return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors[:, -rank:].flip(1)
 
 
 def _krylov(matrix: Tensor, rank: int, seed: int) -> Tensor | None:
-    """Return `rank` leading left singular vectors [short, rank] of `matrix` [short, long], or None if unsettled.
+    """Return `rank` leading left singular vectors [short, rank] of `matrix` [short, long], or None.
 
-    None means that this precision cannot measure so small a residual, or that the space grew to half the short side.
+    None means that this precision cannot measure so small a residual, or that the space grew to half the
+    short side before it settled.
     """
     short = matrix.shape[0]
     energy = torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2
@@ -104,13 +108,14 @@ def _krylov(matrix: Tensor, rank: int, seed: int) -> Tensor | None:
             return None
         gained.append(captured)
         if _settled(gained, bound, residual, energy):
-            return torch.linalg.qr(vectors.T.double()).Q
+            basis: Tensor = torch.linalg.qr(vectors.T.double()).Q
+            return basis
         block = _orthonormal(image, space)
     return None
 
 
 def _rayleigh_ritz(space: Tensor, images: Tensor, rank: int) -> tuple[Tensor, float, float]:
-    """Return the leading Ritz vectors [rank, short], the energy they capture, and a bound on what they miss."""
+    """Return the leading Ritz vectors [rank, short], the energy they hold, and a bound on what they miss."""
     projected = (space @ images.T).double()
     values, coefficients = torch.linalg.eigh((projected + projected.T) / 2)
     values, coefficients = values.flip(0), coefficients.flip(1)[:, :rank].T.to(space.dtype)
@@ -125,8 +130,8 @@ def _rayleigh_ritz(space: Tensor, images: Tensor, rank: int) -> tuple[Tensor, fl
 def _settled(gained: list[float], bound: float, residual: float, energy: float) -> bool:
     """Say whether more steps would change the attained residual by less than TOLERANCE of itself.
 
-    `bound` overstates what is missing where the spectrum is flat; there the gains of the last two steps, continued
-    as a geometric series, tell more.
+    `bound` overstates what is missing where the spectrum is flat; there the gains of the last two steps,
+    continued as a geometric series, tell more.
     """
     allowed = max(2 * TOLERANCE * residual, FLOOR * energy)  # twice: errors are roots of energies
     if bound <= allowed:
@@ -137,8 +142,8 @@ def _settled(gained: list[float], bound: float, residual: float, energy: float) 
 
 
 def _orthonormal(block: Tensor, space: Tensor) -> Tensor:
-    """Return orthonormal rows that span the part of `block` outside `space`; once is not enough in rounding."""
-    for _ in range(2):
+    """Return orthonormal rows that span the part of `block` outside `space`."""
+    for _ in range(2):  # rounding leaves too much of `space` after one
         block = block - (block @ space.T) @ space
         block = torch.linalg.qr(block.T).Q.T
     return block
@@ -149,7 +154,7 @@ def _require_finite(energy: float) -> None:
         return
     raise PassError(
         "the weight holds NaN or infinite values",
-        code="K413",
+        code="K425",
         expected="finite weights",
         remedy="check the checkpoint, or leave the module out with `exclude`",
     )
