@@ -44,7 +44,8 @@ def _options(schema: Mapping[str, Any]) -> str:
     for root in (schema, scope):
         required = root.get("required", ())
         for key, part in root.get("properties", {}).items():
-            rest = "required" if key in required else f"default {json.dumps(part.get('default'))}"
+            default = json.dumps(part["default"]) if "default" in part else "none"
+            rest = "required" if key in required else f"default {default}"
             rows.append((key, f"{describe(part, root)}; {rest}", part.get("description", "")))
     width = max(len(key) for key, _, _ in rows)
     lines = []

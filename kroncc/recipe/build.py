@@ -50,6 +50,8 @@ class Draft:
     model: ModelSpec | None = None
     data: dict[str, DataSpec] = field(default_factory=dict)
     steps: dict[str, Action] = field(default_factory=dict)
+    bodies: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    """Kind and body of each step as written, where it has one kind: what names are checked on."""
     expect: dict[str, str] = field(default_factory=dict)
     written_data: tuple[str, ...] = ()  # also those with faults, so that their names are known
     written_steps: tuple[str, ...] = ()
@@ -167,6 +169,8 @@ def _step(draft: Draft, part: Any, path: Path) -> Action | None:
     if len(kinds) != 1 or unknown:
         return None
     kind, body = kinds[0], part[kinds[0]]
+    if isinstance(body, dict):
+        draft.bodies[str(path[-1])] = (kind, body)
     if isinstance(body, dict) and kind == "compress":
         body = _unfold(draft, body, "passes", (*path, kind), _pass_call)
     elif isinstance(body, dict) and kind == "distill":
@@ -208,7 +212,7 @@ def _entry(draft: Draft, entry: Any, path: Path, one: Any) -> Any:
 def _pass_call(draft: Draft, name: str, body: dict[str, Any], path: Path) -> Any:
     scope = {key: body[key] for key in SCOPE_KEYS if key in body}
     options = {key: value for key, value in body.items() if key not in SCOPE_KEYS}
-    own = Scope.model_json_schema()
+    own = schema_of(Scope)
     if draft.passes is None:
         draft.check(scope, own, path)
         return {"name": name, "scope": scope, "options": options}

@@ -3,6 +3,8 @@
 What counts as unused: a data set that no step names; and a `compress`, `finetune` or `distill` step whose
 model no other step and no expectation names - except the last of them in the file (with the other copies of
 its `for_each`), which is the recipe's result. `evaluate` and `export` are results in themselves.
+
+Names are checked on the steps as written, so that a wrong type in a step does not hide a wrong name in it.
 """
 
 from __future__ import annotations
@@ -10,14 +12,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from kroncc.errors import KronccError, did_you_mean
 from kroncc.recipe import names
 from kroncc.recipe.build import Draft
 from kroncc.recipe.expect import Expectation, parse_expectation
 from kroncc.recipe.node import Path
-from kroncc.recipe.schema import Action, Compress, Distill, Evaluate, Export, Finetune, Training, inputs_of
 from kroncc.recipe.targets import parse_target
+
+MAKERS = ("compress", "finetune", "distill")
+MODEL_KEYS = ("model", "student", "teacher", "models", "against")
+Body = Mapping[str, Any]
 
 
 def check(draft: Draft, templates: Mapping[str, str]) -> None:
@@ -29,36 +35,59 @@ def check(draft: Draft, templates: Mapping[str, str]) -> None:
         _known(draft, "K157", "task", draft.model.task, names.TASKS, ("model", "task"))
     for name, spec in draft.data.items():
         _check_source(draft, name, spec.source, spec.files is not None)
-    for name, action in draft.steps.items():
-        path = ("steps", name, type(action).__name__.lower())
-        _check_inputs(draft, name, action, path)
-        _check_words(draft, action, path)
+    for name, (kind, body) in draft.bodies.items():
+        path = ("steps", name, kind)
+        _check_inputs(draft, name, body, path)
+        _check_targets(draft, body, path)
+        _check_losses(draft, body, path)
+        _check_metrics(draft, body, path)
     if names.BASE in draft.written_steps:
-        draft.note(
-            "K166",
-            ("steps", names.BASE),
-            "no step may be called 'base'",
-            "a name other than base",
-            at_key=True,
-        )
+        message, expected = "no step may be called 'base': it is the model as it came", "another name"
+        draft.note("K166", ("steps", names.BASE), message, expected, at_key=True)
     expectations = _expectations(draft)
     _check_cycles(draft)
-    if len(draft.steps) == len(draft.written_steps):  # else a faulty step may be the one that uses it
+    if _is_readable(draft):
         _check_unused(draft, templates, expectations)
+
+
+def _is_readable(draft: Draft) -> bool:
+    """Say whether every step could be read; if not, the one that cannot may be the one that uses a name."""
+    return len(draft.bodies) == len(draft.written_steps)
+
+
+def _texts(body: Body, key: str) -> Iterator[tuple[str, Path]]:
+    """Yield the texts at a key, each with its path; what is no text was reported by the check of shapes."""
+    value = body.get(key)
+    if isinstance(value, str):
+        yield value, (key,)
+    elif isinstance(value, list):
+        yield from ((one, (key, index)) for index, one in enumerate(value) if isinstance(one, str))
+
+
+def _inputs(body: Body) -> list[str]:
+    return list(dict.fromkeys(model for key in MODEL_KEYS for model, _ in _texts(body, key)))
+
+
+def _entries(body: Body, key: str) -> Iterator[tuple[str, Body, Path]]:
+    """Yield name, options and path of each `- NAME: {...}` at a key."""
+    listed = body.get(key)
+    for index, entry in enumerate(listed if isinstance(listed, list) else ()):
+        for name, options in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(options, dict):
+                yield name, options, (key, index, name)
+
+
+def _makers(draft: Draft) -> list[str]:
+    """Return the names of the steps that make a model, or may make one."""
+    return [name for name in draft.written_steps if draft.bodies.get(name, ("distill",))[0] in MAKERS]
 
 
 def _known(draft: Draft, code: str, what: str, name: str, valid: Iterable[str], path: Path) -> bool:
     pool = list(valid)
     if name in pool:
         return True
-    remedy = did_you_mean(name, pool)
-    draft.note(
-        code,
-        path,
-        f"no {what} is called {name!r}",
-        f"a known {what}" if pool else f"no {what} is there",
-        remedy,
-    )
+    expected = f"a known {what}" if pool else f"there is no {what}"
+    draft.note(code, path, f"no {what} is called {name!r}", expected, did_you_mean(name, pool))
     return False
 
 
@@ -67,78 +96,37 @@ def _check_source(draft: Draft, name: str, source: str, has_files: bool) -> None
     if source.startswith("builtin:"):
         _known(draft, "K615", "built-in source", source, names.BUILTIN_SOURCES, path)
     elif source in names.FILE_SOURCES and not has_files:
-        draft.note(
-            "K601", ("data", name), f"data {name!r} of source {source!r} names no files", "files: [...]"
-        )
+        message = f"data {name!r} of source {source!r} names no files"
+        draft.note("K601", ("data", name), message, "files: [...]")
     elif source not in names.FILE_SOURCES and has_files:
         remedy = did_you_mean(source, names.FILE_SOURCES)
-        draft.note(
-            "K616", path, f"the source {source!r} takes no files", ", ".join(names.FILE_SOURCES), remedy
-        )
+        expected = ", ".join(names.FILE_SOURCES)
+        draft.note("K616", path, f"the source {source!r} takes no files", expected, remedy)
 
 
-def _check_inputs(draft: Draft, name: str, action: Action, path: Path) -> None:
+def _check_inputs(draft: Draft, name: str, body: Body, path: Path) -> None:
     """Check the models and the data that a step names."""
-    for model, where in _model_paths(action, path):
+    for model, below in (found for key in MODEL_KEYS for found in _texts(body, key)):
+        where = path + below
+        kind = draft.bodies.get(model, ("", {}))[0]
         if model == name:
             draft.note("K163", where, f"step {name!r} takes itself", "base or another step")
-            continue
-        silent = draft.steps.get(model)
-        if isinstance(silent, Evaluate | Export):
-            kind = type(silent).__name__.lower()
-            draft.note(
-                "K161",
-                where,
-                f"{model!r} is an {kind} step and makes no model",
-                "base or a step that makes a model",
-            )
-            continue
-        makers = [
-            one for one in draft.written_steps if not isinstance(draft.steps.get(one), Evaluate | Export)
-        ]
-        _known(draft, "K160", "step", model, [names.BASE, *makers], where)
-    if isinstance(action, Training | Evaluate):
-        _known(draft, "K164", "data set", action.data, draft.written_data, (*path, "data"))
+        elif kind and kind not in MAKERS:
+            message = f"{model!r} is an {kind} step and makes no model"
+            draft.note("K161", where, message, "base or a step that makes a model")
+        else:
+            _known(draft, "K160", "step", model, [names.BASE, *_makers(draft)], where)
+    if isinstance(body.get("data"), str):
+        _known(draft, "K164", "data set", body["data"], draft.written_data, (*path, "data"))
 
 
-def _model_paths(action: Action, path: Path) -> Iterator[tuple[str, Path]]:
-    match action:
-        case Distill():
-            yield action.student, (*path, "student")
-            yield action.teacher, (*path, "teacher")
-        case Evaluate():
-            for index, model in enumerate(action.models):
-                yield model, (*path, "models", index)
-            if action.against is not None:
-                yield action.against, (*path, "against")
-        case Compress() | Finetune() | Export():
-            yield action.model, (*path, "model")
-
-
-def _check_words(draft: Draft, action: Action, path: Path) -> None:
-    """Check targets, taps and metrics, as far as words can be checked without the model."""
-    if isinstance(action, Compress):
-        for index, call in enumerate(action.passes):
-            where = (*path, "passes", index, call.name)
-            _check_targets(draft, call.scope.targets, (*where, "targets"))
-            _check_targets(draft, call.scope.exclude, (*where, "exclude"))
-    if isinstance(action, Training):
-        _check_targets(draft, action.freeze, (*path, "freeze"))
-    if isinstance(action, Distill):
-        _check_targets(draft, action.copy_from_teacher, (*path, "copy_from_teacher"))
-        for index, loss in enumerate(action.losses):
-            _check_tap(draft, loss.at, (*path, "losses", index, loss.kind, "at"))
-    if isinstance(action, Evaluate):
-        for index, metric in enumerate(action.metrics):
-            _known(draft, "K155", "metric", metric, names.METRICS, (*path, "metrics", index))
-        if "fidelity" in action.metrics and action.against is None:
-            remedy = "add against: the model to compare with, e.g. base"
-            draft.note("K156", path, "fidelity needs a model to compare with", "against: MODEL", remedy)
-
-
-def _check_targets(draft: Draft, targets: Sequence[str], path: Path) -> None:
-    for index, text in enumerate(targets):
-        _collect(draft, partial(parse_target, text), (*path, index))
+def _check_targets(draft: Draft, body: Body, path: Path) -> None:
+    for key in ("freeze", "copy_from_teacher"):
+        for text, below in _texts(body, key):
+            _collect(draft, partial(parse_target, text), path + below)
+    for _, options, where in _entries(body, "passes"):
+        for text, below in (found for key in ("targets", "exclude") for found in _texts(options, key)):
+            _collect(draft, partial(parse_target, text), path + where + below)
 
 
 def _collect(draft: Draft, attempt: Callable[[], object], path: Path) -> object | None:
@@ -150,14 +138,26 @@ def _collect(draft: Draft, attempt: Callable[[], object], path: Path) -> object 
         return None
 
 
-def _check_tap(draft: Draft, tap: str, path: Path) -> None:
+def _check_losses(draft: Draft, body: Body, path: Path) -> None:
     """Refuse a tap that is no known word but resembles one; anything else may be the name of a module."""
-    if tap in names.TAPS:
-        return
-    resembles = difflib.get_close_matches(tap, names.TAPS, n=1, cutoff=0.75)
-    if not tap or tap.split(".")[0] in ("ffn", "attention") or (resembles and "." not in tap):
-        expected = f"{', '.join(names.TAPS)}, or the name of a module"
-        draft.note("K152", path, f"no tap is called {tap!r}", expected, did_you_mean(tap, names.TAPS))
+    for _, options, where in _entries(body, "losses"):
+        tap = options.get("at")
+        if not isinstance(tap, str) or tap in names.TAPS:
+            continue
+        resembles = difflib.get_close_matches(tap, names.TAPS, n=1, cutoff=0.75)
+        if not tap or tap.split(".")[0] in ("ffn", "attention") or (resembles and "." not in tap):
+            expected = f"{', '.join(names.TAPS)}, or the name of a module"
+            remedy = did_you_mean(tap, names.TAPS)
+            draft.note("K152", (*path, *where, "at"), f"no tap is called {tap!r}", expected, remedy)
+
+
+def _check_metrics(draft: Draft, body: Body, path: Path) -> None:
+    metrics = list(_texts(body, "metrics"))
+    for metric, below in metrics:
+        _known(draft, "K155", "metric", metric, names.METRICS, path + below)
+    if any(metric == "fidelity" for metric, _ in metrics) and "against" not in body:
+        message, remedy = "fidelity needs a model to compare with", "add against: MODEL, e.g. against: base"
+        draft.note("K156", path, message, "the key 'against'", remedy)
 
 
 def _expectations(draft: Draft) -> list[Expectation]:
@@ -174,49 +174,40 @@ def _expectations(draft: Draft) -> list[Expectation]:
 def _check_result(draft: Draft, name: str, path: Path) -> None:
     """Check one `STEP.attribute`: the step makes a model, and the attribute is known or measured, once."""
     model, _, attribute = name.partition(".")
-    makers = [one for one in draft.written_steps if not isinstance(draft.steps.get(one), Evaluate | Export)]
-    if not _known(draft, "K172", "step", model, [names.BASE, *makers], path) or attribute in names.COSTS:
+    if not _known(draft, "K172", "step", model, [names.BASE, *_makers(draft)], path):
         return
     parts = [f"fidelity.{part}" for part in names.FIDELITY_PARTS]
     plain = [metric for metric in names.METRICS if metric != "fidelity"]
     if not _known(draft, "K173", "result", attribute, [*names.COSTS, *plain, *parts], path):
         return
     metric = attribute.split(".")[0]
-    steps = [
-        step
-        for step, action in draft.steps.items()
-        if isinstance(action, Evaluate) and model in action.models and metric in action.metrics
-    ]
-    if not steps and len(draft.steps) == len(draft.written_steps):
+    if attribute in names.COSTS:
+        return
+    steps = [name for name, (_, body) in draft.bodies.items() if _measures(body, model, metric)]
+    if not steps and _is_readable(draft):
         remedy = f"add an evaluate step with models: [{model}], metrics: [{metric}]"
         draft.note("K174", path, f"no step measures {metric} of {model!r}", "a measured result", remedy)
     if len(steps) > 1:
-        draft.note(
-            "K175",
-            path,
-            f"{metric} of {model!r} is measured by {', '.join(steps)}",
-            "one step that measures it",
-        )
+        message = f"{metric} of {model!r} is measured by {', '.join(steps)}"
+        draft.note("K175", path, message, "one step that measures it")
+
+
+def _measures(body: Body, model: str, metric: str) -> bool:
+    return model in dict(_texts(body, "models")) and metric in dict(_texts(body, "metrics"))
 
 
 def _check_cycles(draft: Draft) -> None:
-    """Report each cycle of steps once, written out."""
+    """Report each circle of steps once, written out."""
     needs = {
-        name: [one for one in dict.fromkeys(inputs_of(action)) if one in draft.steps and one != name]
-        for name, action in draft.steps.items()
+        name: [one for one in _inputs(body) if one in draft.bodies and one != name]
+        for name, (_, body) in draft.bodies.items()
     }
     done: set[str] = set()
     for start in needs:
         cycle = _find_cycle(start, needs, done)
         if cycle:
-            shown = " -> ".join(cycle)
-            draft.note(
-                "K162",
-                ("steps", cycle[0]),
-                f"the steps go in a circle: {shown}",
-                "steps that end",
-                at_key=True,
-            )
+            message = f"the steps go in a circle: {' -> '.join(cycle)}"
+            draft.note("K162", ("steps", cycle[0]), message, "steps that begin at base", at_key=True)
 
 
 def _find_cycle(start: str, needs: Mapping[str, Sequence[str]], done: set[str]) -> list[str]:
@@ -239,29 +230,19 @@ def _find_cycle(start: str, needs: Mapping[str, Sequence[str]], done: set[str]) 
 
 
 def _check_unused(draft: Draft, templates: Mapping[str, str], expectations: Sequence[Expectation]) -> None:
-    used = {model for action in draft.steps.values() for model in inputs_of(action)}
+    used = {model for _, body in draft.bodies.values() for model in _inputs(body)}
     used |= {name.partition(".")[0] for expectation in expectations for name in expectation.names()}
-    makers = [name for name, action in draft.steps.items() if not isinstance(action, Evaluate | Export)]
+    makers = _makers(draft)
     last = templates.get(makers[-1]) if makers else None
     for name in makers:
         if name not in used and templates.get(name) != last:
-            remedy = "use its model in a later step, evaluate or export it, or remove the step"
-            draft.note(
-                "K165",
-                ("steps", name),
+            message, remedy = (
                 f"nothing uses step {name!r}",
-                "steps that lead to a result",
-                remedy,
-                at_key=True,
+                "use, evaluate or export its model, or remove the step",
             )
-    data = {action.data for action in draft.steps.values() if isinstance(action, Training | Evaluate)}
+            draft.note("K165", ("steps", name), message, "steps that lead to a result", remedy, at_key=True)
+    data = {body.get("data") for _, body in draft.bodies.values() if isinstance(body.get("data"), str)}
     for name in draft.written_data:
         if name not in data:
-            draft.note(
-                "K167",
-                ("data", name),
-                f"no step uses data {name!r}",
-                "data that a step names",
-                "remove it",
-                at_key=True,
-            )
+            message = f"no step uses data {name!r}"
+            draft.note("K167", ("data", name), message, "data that a step names", "remove it", at_key=True)

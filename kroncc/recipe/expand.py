@@ -31,8 +31,8 @@ class Expanded:
 def expand_steps(root: Node) -> Expanded:
     """Return the recipe with every `for_each` step replaced by its copies, in place.
 
-    Several variables make all combinations. Text that is nothing but `${v}` takes the value itself, so a number
-    stays a number. Problems: K108 (variables make two keys equal), K125 (`for_each` is malformed), K126 (a
+    Several variables make all combinations. Text that is nothing but `${v}` takes the value itself: a number
+    stays one. Problems: K108 (variables make two keys equal), K125 (`for_each` is malformed), K126 (a
     variable is missing in the step's name), K127 (no such variable), K128 (two steps of one name), K129 (too
     many).
     """

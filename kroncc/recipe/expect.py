@@ -124,7 +124,7 @@ class _Parser:
     """Recursive descent over the tokens of one expectation."""
 
     def __init__(self, key: str, text: str) -> None:
-        self.key, self.text = key, text
+        self.key, self.text = key, re.sub(r"\s", " ", text)
         self.depth = 0
         self.tokens: list[tuple[str, str, int]] = []  # kind, text, column from 0
         self.index = 0
@@ -184,8 +184,9 @@ class _Parser:
             term = Term("-", Term(0.0), self._factor())
         else:
             term = self._sum()
+            at = self.index
             if self._next()[1] != ")":
-                raise self._fault(min(self.index, len(self.tokens)) - 1, ")")
+                raise self._fault(at, ")")
         self.depth -= 1
         return term
 
@@ -200,9 +201,9 @@ class _Parser:
     def _error(self, column: int, expected: str) -> RecipeError:
         caret = " " * column + "^"
         return RecipeError(
-            f"the expectation cannot be read at character {column + 1}\n    {self.text}\n    {caret}",
+            f"the expectation cannot be read at character {column + 1}",
             code="K170",
-            expected=expected,
+            expected=f"{expected}, at the caret\n    {self.text}\n    {caret}",
         )
 
 

@@ -34,8 +34,8 @@ def load_recipe(
     """Return the recipe in the file `path`, with `overrides` (`steps.task.distill.epochs=1`) set.
 
     `passes` (`kroncc.rewrite.registry.schemas()`) lets pass names and options be checked too; without it they
-    are taken as written. Raises `RecipeError` with every problem (K1xx; K2xx of targets, K41x of passes, K6xx of
-    data sources), in the order of the file.
+    are taken as written. Raises `RecipeError` with every problem (K1xx; K2xx of targets, K41x of passes, K6xx
+    of data sources), in the order of the file.
     """
     file = Path(path)
     text = read_file(file)

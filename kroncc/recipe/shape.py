@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kroncc.errors import did_you_mean
+from kroncc.errors import did_you_mean, nearest
 from kroncc.recipe.node import Path, kind_of
 
 Schema = Mapping[str, Any]
@@ -33,8 +33,8 @@ class Fault:
 def faults(value: Any, schema: Schema) -> list[Fault]:
     """Return all that is wrong with `value`.
 
-    K130 unknown key, K131 missing key, K132 wrong type, K133 not one of the allowed values, K134 outside of the
-    allowed range, length or pattern, K137 a key that is no good name.
+    K130 unknown key, K131 missing key, K132 wrong type, K133 not one of the allowed values, K134 outside of
+    the allowed range, length or pattern, K137 a key that is no good name.
     """
     return list(_faults(value, schema, (), schema))
 
@@ -91,6 +91,16 @@ def _enum(value: Any, allowed: list[Any], path: Path) -> Iterator[Fault]:
     yield Fault("K133", path, f"{shown(value)} is not allowed here", _listing(allowed), remedy)
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "object": (dict,),
+    "array": (list,),
+    "null": (type(None),),
+}
+
+
 def fits_type(value: Any, name: str | list[str] | None) -> bool:
     """Say whether `value` is of a JSON Schema type; a whole number is a number, true is neither."""
     if name is None:
@@ -99,15 +109,7 @@ def fits_type(value: Any, name: str | list[str] | None) -> bool:
         return any(fits_type(value, one) for one in name)
     if isinstance(value, bool):
         return name == "boolean"
-    types: dict[str, Any] = {
-        "string": str,
-        "integer": int,
-        "number": (int, float),
-        "object": Mapping,
-        "array": list,
-        "null": type(None),
-    }
-    return bool(isinstance(value, types.get(name, ())))
+    return isinstance(value, _TYPES.get(name, ()))
 
 
 def _wrong_type(value: Any, schema: Schema, path: Path, root: Schema) -> Fault:
@@ -156,7 +158,7 @@ _LIMITS: dict[str, tuple[str, Any]] = {
 
 
 def _in(size: int, schema: Schema, low: str, high: str) -> bool:
-    return schema.get(low, 0) <= size <= schema.get(high, math.inf)
+    return bool(schema.get(low, 0) <= size <= schema.get(high, math.inf))
 
 
 def _object(value: Mapping[str, Any], schema: Schema, path: Path, root: Schema) -> Iterator[Fault]:
@@ -175,8 +177,9 @@ def _object(value: Mapping[str, Any], schema: Schema, path: Path, root: Schema) 
         elif matched:
             yield from _faults(child, matched[0], here, root)
         elif others is False:
-            message, remedy = f"unknown key {shown(key)}", did_you_mean(key, known)
-            yield Fault("K130", here, message, "a known key", remedy, is_key=True)
+            message = f"unknown key {shown(key)}"
+            remedy = did_you_mean(key, known) if nearest(key, known) else ""
+            yield Fault("K130", here, message, ", ".join(known) or "no keys", remedy, is_key=True)
         elif isinstance(others, Mapping):
             yield from _faults(child, others, here, root)
     for key in schema.get("required", ()):
