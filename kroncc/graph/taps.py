@@ -24,7 +24,7 @@ from torch import fx, nn
 from kroncc.graph.draft import NAMED, Draft
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.ops import value_of
-from kroncc.graph.shapes import symbols
+from kroncc.graph.symbolic import symbols
 
 Shape = tuple[int | str, ...]
 
