@@ -38,6 +38,10 @@ class KronccConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Return what `config.json` holds."""
         return {"quant_method": QUANT_METHOD, **self.structure.model_dump(mode="json", by_alias=True)}
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value of `to_dict`: transformers asks a config given to it as it asks the dict on disk."""
+        return self.to_dict().get(key, default)
+
 
 class KronccQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replays the structure on the meta model before its weights are loaded."""
@@ -69,9 +73,12 @@ class KronccQuantizer(HfQuantizer):  # type: ignore[misc]
         done = replay(model, self.quantization_config.structure)
         self.quantization_config = KronccConfig(done.structure)
         self._stubs = _add_stubs(model, done.replaced)
+        # while factors are tied one after the other, no new module can say yet what its weight is
+        model.__dict__["_adjust_bias"] = _leave_bias
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        del model.__dict__["_adjust_bias"]
         for module, name in self._stubs:
             del module.__dict__[name]
         # `half`, `float`, Trainer and accelerate treat whatever carries these marks as frozen integers
@@ -80,6 +87,10 @@ class KronccQuantizer(HfQuantizer):  # type: ignore[misc]
                 delattr(model, mark)
         model.is_quantized = False
         return model
+
+
+def _leave_bias(*_: Any) -> None:
+    """Stand in for the step of tying that pads a head's bias to a resized vocabulary."""
 
 
 def _add_stubs(model: Any, replaced: Mapping[str, nn.Module]) -> list[tuple[nn.Module, str]]:

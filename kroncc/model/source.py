@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from kroncc.errors import ModelError, did_you_mean
 from kroncc.model.files import check_weights, fingerprint
+from kroncc.model.replay import config_structure
+from kroncc.model.structure import Structure
 from kroncc.recipe.schema import ModelSpec
 
 PACKAGE = "package:"
@@ -47,6 +49,11 @@ class Origin:
         if self.directory is not None:
             return fingerprint(self.directory)
         return f"{self.id}@{self.revision}" if self.id else None
+
+    @property
+    def structure(self) -> Structure:
+        """What kroncc did to the model before; empty for a dense one. K530 if another method did something."""
+        return config_structure(self.config)
 
     def fetch(self, *, weights: bool = True) -> Path:
         """Return a local directory with the model's files, downloading what is missing from the hub."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -13,10 +15,12 @@ from torch import nn
 
 import kroncc
 from kroncc.errors import ModelError, PassError
-from kroncc.model.load import load_directory
+from kroncc.model.load import load_dense, load_directory, skeleton
 from kroncc.model.replay import parse_structure, replay, structure_of
 from kroncc.model.save import save_model
+from kroncc.model.source import resolve
 from kroncc.model.structure import AppliedPass, Structure
+from kroncc.recipe.schema import ModelSpec
 from kroncc.rewrite import registry
 
 PASS = '''
@@ -279,6 +283,39 @@ def test_device_map(tiny, inputs_for, tmp_path):
     save_model(model, tmp_path / "saved", structure)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu")
     assert torch.equal(outputs(loaded, inputs_for), outputs(model, inputs_for))
+
+
+def test_a_loaded_config_loads_again(tiny, inputs_for, tmp_path):
+    model, structure = compressed(tiny, "gpt2")
+    save_model(model, tmp_path / "saved", structure)
+    config = kroncc.load(tmp_path / "saved").config
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=config)
+    assert torch.equal(outputs(loaded, inputs_for), outputs(model, inputs_for))
+    assert "halves" in config.to_json_string()
+
+
+def test_loaded_models_copy_and_pickle(tiny, inputs_for, tmp_path):
+    model, structure = compressed(tiny, "gpt2")
+    save_model(model, tmp_path / "saved", structure)
+    loaded = kroncc.load(tmp_path / "saved")
+    for twin in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert torch.equal(outputs(twin, inputs_for), outputs(model, inputs_for))
+        assert twin.lm_head.a is twin.transformer.wte.a
+
+
+def test_compressing_twice(tiny, inputs_for, tmp_path):
+    """A compressed directory is the source of the next recipe."""
+    model, structure = compressed(tiny, "gpt2")
+    save_model(model, tmp_path / "once", structure)
+    origin = resolve(ModelSpec(source="once"), tmp_path)
+    assert origin.structure == structure
+    assert isinstance(skeleton(origin, "text-generation").lm_head, nn.Linear)
+    again = load_dense(origin, "text-generation")
+    more = replay(again, halves("transformer.h.0.mlp.c_proj")).structure
+    save_model(again, tmp_path / "twice", origin.structure + more)
+    loaded = kroncc.load(tmp_path / "twice")
+    assert torch.equal(outputs(loaded, inputs_for), outputs(again, inputs_for))
+    assert loaded.lm_head.a is loaded.transformer.wte.a
 
 
 def test_sharded(tiny, inputs_for, tmp_path):
