@@ -82,7 +82,7 @@ class Evaluation:
     def __init__(self, metrics: Sequence[str], task: str, *, data: str = "") -> None:
         check_metrics(metrics, task)
         self.metrics, self.task, self.data = tuple(dict.fromkeys(metrics)), task, data
-        self.rows = 0
+        self.batches = 0
         self.head = 0
         self._labels: list[np.ndarray[Any, Any]] = []
         self._outputs: list[np.ndarray[Any, Any]] = []
@@ -107,7 +107,7 @@ class Evaluation:
         `PlanError` (K753) for fidelity without a reference.
         """
         given = _taps(outputs)
-        self.rows += len(batch["attention_mask"] if "attention_mask" in batch else next(iter(batch.values())))
+        self.batches += 1
         if self.metrics != ("fidelity",):
             self._measure(values_at(given, "logits")[0].detach(), batch)
         if "fidelity" in self.metrics:
@@ -115,7 +115,7 @@ class Evaluation:
 
     def result(self) -> dict[str, float]:
         """Return the figures by name; raises `DataError` (K605) where no row was given."""
-        if not self.rows:
+        if not self.batches:
             raise DataError("there are no rows to evaluate on", code="K605")
         figures: dict[str, float] = {}
         for metric in self.metrics:
