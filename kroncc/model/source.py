@@ -52,7 +52,7 @@ class Origin:
 
     @property
     def structure(self) -> Structure:
-        """What kroncc did to the model before; empty for a dense one. K530 if another method did something."""
+        """What kroncc did to the model before; empty for a dense one. K530: another method quantised it."""
         return config_structure(self.config)
 
     def fetch(self, *, weights: bool = True) -> Path:
