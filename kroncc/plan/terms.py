@@ -8,7 +8,7 @@ from itertools import pairwise
 from kroncc.errors import PlanError, did_you_mean
 from kroncc.recipe.schema import LossSpec
 
-Shape = Sequence[int]
+Shape = Sequence[int | str]  # text for a dimension that is not fixed
 Shapes = Mapping[str, Sequence[Shape]]  # tap -> one shape a layer
 SOFT = ("kl", "soft-ce")  # compare distributions; the only kinds with a temperature
 HEADS_REMEDY = "compare 'hidden', 'ffn.output' or 'embeddings' (their widths may differ), or 'logits'"

@@ -112,7 +112,10 @@ def _from_files(
     try:
         loaded = datasets.load_dataset(spec.source, data_files=patterns, cache_dir=str(cache), **options)
     except Exception as error:
-        raise _unreadable(error, spec, name, files) from error
+        cause = _cause(error)
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno):
+            raise cause from None  # trouble of the machine, not of the data
+        raise _unreadable(cause, spec, name, files) from error
     return dict(loaded)
 
 
@@ -158,13 +161,16 @@ def _header(path: Path, delimiter: str, quoting: Literal[0, 3]) -> list[str]:
     return header
 
 
-def _unreadable(error: Exception, spec: DataSpec, name: str, files: dict[str, list[Path]]) -> Exception:
-    """Return our error for a failed read; trouble of the machine (disk, memory) is passed on as it is."""
-    cause: BaseException = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno):
-            return cause
+def _cause(error: BaseException) -> BaseException:
+    """Return the first of a chain of exceptions: what `datasets` wrapped in its own."""
+    seen = {id(error)}
+    while (before := error.__cause__ or error.__context__) is not None and id(before) not in seen:
+        error = before
+        seen.add(id(error))
+    return error
+
+
+def _unreadable(cause: BaseException, spec: DataSpec, name: str, files: dict[str, list[Path]]) -> DataError:
     listed = [str(path) for paths in files.values() for path in paths]
     shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
     if "corresponds to no data" in str(cause):  # how `datasets` says that it found no rows

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +301,22 @@ def test_unknown_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"K607.*'validation'") as caught:
         data["validation"]
     assert "validation_fraction" in caught.value.problems[0].remedy
+
+
+def test_trouble_of_the_machine_is_not_blamed_on_the_data(tmp_path: Path) -> None:
+    """A disk that takes no more: the error of the system comes through, and a later run is not spoilt."""
+    pytest.importorskip("resource")
+    write_tsv(tmp_path / "a.tsv", [(f"{number} " * 50, 0) for number in range(5000)])
+    code = (
+        "import resource, sys; from kroncc.run.data import *; root = Path(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "spec = DataSpec(source='csv', delimiter='\\t', files='a.tsv')\n"
+        "try: open_data(spec, 'mine', root, root / 'cache')\n"
+        "except OSError as error: print(error.errno)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(errno.EFBIG)]
+    assert opened(tmp_path, files="a.tsv").rows() == {"train": 5000}
 
 
 def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
