@@ -68,14 +68,7 @@ def tokenise(
         raise DataError(
             f"data for task {task!r} is not supported yet", code="K610", expected=", ".join(TASKS)
         )
-    longest = min(spec.max_length, tokenizer.model_max_length)
-    if positions is not None and longest > positions:
-        raise DataError(
-            f"max_length is {spec.max_length}, and the model takes {positions} tokens",
-            code="K613",
-            path="max_length",
-            remedy=f"set `max_length: {positions}` or less",
-        )
+    longest = _longest(spec, tokenizer, positions)
     names = [name for name in tokenizer.model_input_names if name != "attention_mask"]
     labels = split.labels if task in ROW_LABELS else None
     features: dict[str, Any] = {name: datasets.List(datasets.Value("int32")) for name in names}
@@ -92,6 +85,19 @@ def tokenise(
         raise DataError(f"split {split.name!r} has no rows left after tokenising", code="K605")
     lengths = rows.with_format("numpy")["length"][:]
     return Tokenised(rows, np.asarray(lengths, dtype=np.int32), labels, key)
+
+
+def _longest(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:
+    """Return how many tokens a row may have."""
+    longest: int = min(spec.max_length, tokenizer.model_max_length)
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"max_length is {spec.max_length}, and the model takes {positions} tokens",
+            code="K613",
+            path="max_length",
+            remedy=f"set `max_length: {positions}` or less",
+        )
+    return longest
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
