@@ -46,8 +46,7 @@ def check(draft: Draft, templates: Mapping[str, str]) -> None:
         draft.note("K166", ("steps", names.BASE), message, expected, at_key=True)
     expectations = _expectations(draft)
     _check_cycles(draft)
-    if _is_readable(draft):
-        _check_unused(draft, templates, expectations)
+    _check_unused(draft, templates, expectations)
 
 
 def _is_readable(draft: Draft) -> bool:
@@ -82,12 +81,17 @@ def _makers(draft: Draft) -> list[str]:
     return [name for name in draft.written_steps if draft.bodies.get(name, ("distill",))[0] in MAKERS]
 
 
-def _known(draft: Draft, code: str, what: str, name: str, valid: Iterable[str], path: Path) -> bool:
+def _known(
+    draft: Draft, code: str, what: str, name: str, valid: Iterable[str], path: Path, at_key: bool = False
+) -> bool:
+    """Say whether a name is known; note it if not. A name with a variable left in it was noted before."""
     pool = list(valid)
     if name in pool:
         return True
+    if "${" in name:
+        return False
     expected = f"a known {what}" if pool else f"there is no {what}"
-    draft.note(code, path, f"no {what} is called {name!r}", expected, did_you_mean(name, pool))
+    draft.note(code, path, f"no {what} is called {name!r}", expected, did_you_mean(name, pool), at_key)
     return False
 
 
@@ -109,6 +113,8 @@ def _check_inputs(draft: Draft, name: str, body: Body, path: Path) -> None:
     for model, below in (found for key in MODEL_KEYS for found in _texts(body, key)):
         where = path + below
         kind = draft.bodies.get(model, ("", {}))[0]
+        if model == names.BASE:
+            continue
         if model == name:
             draft.note("K163", where, f"step {name!r} takes itself", "base or another step")
         elif kind and kind not in MAKERS:
@@ -174,11 +180,12 @@ def _expectations(draft: Draft) -> list[Expectation]:
 def _check_result(draft: Draft, name: str, path: Path) -> None:
     """Check one `STEP.attribute`: the step makes a model, and the attribute is known or measured, once."""
     model, _, attribute = name.partition(".")
-    if not _known(draft, "K172", "step", model, [names.BASE, *_makers(draft)], path):
+    at_key = name == path[-1]
+    if not _known(draft, "K172", "step", model, [names.BASE, *_makers(draft)], path, at_key):
         return
     parts = [f"fidelity.{part}" for part in names.FIDELITY_PARTS]
     plain = [metric for metric in names.METRICS if metric != "fidelity"]
-    if not _known(draft, "K173", "result", attribute, [*names.COSTS, *plain, *parts], path):
+    if not _known(draft, "K173", "result", attribute, [*names.COSTS, *plain, *parts], path, at_key):
         return
     metric = attribute.split(".")[0]
     if attribute in names.COSTS:
@@ -186,10 +193,12 @@ def _check_result(draft: Draft, name: str, path: Path) -> None:
     steps = [name for name, (_, body) in draft.bodies.items() if _measures(body, model, metric)]
     if not steps and _is_readable(draft):
         remedy = f"add an evaluate step with models: [{model}], metrics: [{metric}]"
-        draft.note("K174", path, f"no step measures {metric} of {model!r}", "a measured result", remedy)
+        draft.note(
+            "K174", path, f"no step measures {metric} of {model!r}", "a measured result", remedy, at_key
+        )
     if len(steps) > 1:
         message = f"{metric} of {model!r} is measured by {', '.join(steps)}"
-        draft.note("K175", path, message, "one step that measures it")
+        draft.note("K175", path, message, "one step that measures it", at_key=at_key)
 
 
 def _measures(body: Body, model: str, metric: str) -> bool:
@@ -199,7 +208,7 @@ def _measures(body: Body, model: str, metric: str) -> bool:
 def _check_cycles(draft: Draft) -> None:
     """Report each circle of steps once, written out."""
     needs = {
-        name: [one for one in _inputs(body) if one in draft.bodies and one != name]
+        name: [one for one in _inputs(body) if one in draft.bodies and one not in (name, names.BASE)]
         for name, (_, body) in draft.bodies.items()
     }
     done: set[str] = set()
@@ -230,11 +239,15 @@ def _find_cycle(start: str, needs: Mapping[str, Sequence[str]], done: set[str]) 
 
 
 def _check_unused(draft: Draft, templates: Mapping[str, str], expectations: Sequence[Expectation]) -> None:
+    """Look for what nothing uses; a misspelt name or an unreadable step may be the use that is missing."""
+    known = {problem.code for problem in draft.problems}
+    if not _is_readable(draft):
+        return
     used = {model for _, body in draft.bodies.values() for model in _inputs(body)}
     used |= {name.partition(".")[0] for expectation in expectations for name in expectation.names()}
     makers = _makers(draft)
     last = templates.get(makers[-1]) if makers else None
-    for name in makers:
+    for name in makers if not known & {"K160", "K172"} else ():
         if name not in used and templates.get(name) != last:
             message, remedy = (
                 f"nothing uses step {name!r}",
@@ -242,7 +255,7 @@ def _check_unused(draft: Draft, templates: Mapping[str, str], expectations: Sequ
             )
             draft.note("K165", ("steps", name), message, "steps that lead to a result", remedy, at_key=True)
     data = {body.get("data") for _, body in draft.bodies.values() if isinstance(body.get("data"), str)}
-    for name in draft.written_data:
+    for name in draft.written_data if "K164" not in known else ():
         if name not in data:
             message = f"no step uses data {name!r}"
             draft.note("K167", ("data", name), message, "data that a step names", "remove it", at_key=True)

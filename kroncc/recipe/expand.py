@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -65,24 +66,28 @@ def _size(step: Node) -> int:
 
 
 def _combinations(template: str, step: Node, room: int, problems: list[Problem]) -> list[dict[str, Scalar]]:
-    """Return the values of each copy of a step: one empty mapping for a step without `for_each`."""
+    """Return the values of each copy of a step: one empty mapping for a step without `for_each`.
+
+    Where the names would be equal or the copies too many, one copy is left, so that those who name it are not
+    blamed too.
+    """
     asked = step.children.get(KEY)
     path = ("steps", template, KEY)
     if asked is None:
         return [{}]
-    problem = _malformed(asked, path) or _nameless(template, asked, path)
-    if problem:
-        problems.append(problem)
-        return []
-    count = 1
-    for child in asked.children.values():
-        count *= len(child.items)
-    if count > room:
-        problems.append(
-            _problem("K129", f"for_each makes {count} copies", asked, path, f"at most {MAX_STEPS} steps")
-        )
+    malformed = _malformed(asked, path)
+    if malformed:
+        problems.append(malformed)
         return []
     columns = [[item.value for item in child.items] for child in asked.children.values()]
+    count = math.prod(len(column) for column in columns)
+    expected = f"at most {MAX_STEPS} steps"
+    problem = _nameless(template, asked, path)
+    if count > room:
+        problem = _problem("K129", f"for_each makes {count} copies", asked, path, expected)
+    if problem:
+        problems.append(problem)
+        columns = [column[:1] for column in columns]
     return [dict(zip(asked.children, row, strict=True)) for row in itertools.product(*columns)]  # type: ignore[arg-type]
 
 

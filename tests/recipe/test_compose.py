@@ -60,7 +60,10 @@ def test_a_long_chain_is_refused(tmp_path: Path):
         extended(tmp_path / "0.yaml")
 
 
-RECIPE = "{steps: {task: {distill: {epochs: 5, losses: [{mse: {at: hidden}}]}}, v-1: {x: 1}}, expect: {task.params: '<= 1'}}"
+RECIPE = """
+steps: {task: {distill: {epochs: 5, losses: [{mse: {at: hidden}}]}}, v-1: {x: 1}}
+expect: {task.params: "<= 1"}
+"""
 
 
 @pytest.mark.parametrize(
@@ -108,8 +111,7 @@ def _losses(recipe):
 )
 def test_bad_override(text: str, code: str, fragment: str):
     with pytest.raises(RecipeError) as caught:
-        path, value = parse_override(text)
-        override(node(RECIPE), path, value)
+        override(node(RECIPE), *parse_override(text))
     assert caught.value.problems[0].code == code
     assert fragment in str(caught.value)
     assert str(caught.value.problems[0].place) == f"--set {text}"

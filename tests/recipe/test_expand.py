@@ -15,7 +15,9 @@ def steps(text: str):
 
 
 def test_names_text_and_keys_are_filled():
-    found = steps("steps: {a: {x: 1}, 't-${v}': {for_each: {v: [p, q]}, k: {'${v}': ['${v}.x', 3]}}, z: {x: 2}}")
+    found = steps(
+        "steps: {a: {x: 1}, 't-${v}': {for_each: {v: [p, q]}, k: {'${v}': ['${v}.x', 3]}}, z: {x: 2}}"
+    )
     assert found == {
         "a": {"x": 1},
         "t-p": {"k": {"p": ["p.x", 3]}},
@@ -32,7 +34,11 @@ def test_several_variables_make_all_combinations():
 
 def test_a_variable_alone_keeps_its_type():
     found = steps("steps: {'s-${n}': {for_each: {n: [1, 0.5, true]}, k: '${n}', t: 'n=${n}'}}")
-    assert [(type(step["k"]), step["t"]) for step in found.values()] == [(int, "n=1"), (float, "n=0.5"), (bool, "n=true")]
+    assert [(type(step["k"]), step["t"]) for step in found.values()] == [
+        (int, "n=1"),
+        (float, "n=0.5"),
+        (bool, "n=true"),
+    ]
 
 
 def test_copies_know_their_template_and_place():

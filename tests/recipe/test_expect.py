@@ -105,7 +105,9 @@ def test_size_is_bounded(text: str):
         parse_expectation("a.b", text)
 
 
-numbers = st.floats(0.001, 1e6).map(lambda value: f"{value:.6g}") | st.integers(0, 10**6).map(lambda n: f"{n:_}")
+numbers = st.floats(0.001, 1e6).map(lambda value: f"{value:.6g}") | st.integers(0, 10**6).map(
+    lambda n: f"{n:_}"
+)
 arithmetic = st.recursive(
     numbers,
     lambda inner: st.one_of(
@@ -133,8 +135,7 @@ def test_arithmetic_agrees_with_python(text: str):
 def test_any_text_parses_or_is_refused(text: str):
     try:
         found = parse_expectation("a.b", text)
-    except RecipeError as error:
-        assert error.problems[0].code == "K170"
-    else:
-        found.evaluate(dict.fromkeys(found.names(), 1.0))
-        found.describe({})
+    except RecipeError:
+        return
+    found.evaluate(dict.fromkeys(found.names(), 1.0))
+    found.describe({})

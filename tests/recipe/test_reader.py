@@ -1,3 +1,4 @@
+import json
 import math
 import time
 from pathlib import Path
@@ -76,7 +77,13 @@ def test_quoted_words_are_text():
 
 
 def test_keys_are_always_text():
-    assert read("{on: 1, yes: 2, 3: 4, null: 5, 1e-3: 6}") == {"on": 1, "yes": 2, "3": 4, "null": 5, "1e-3": 6}
+    assert read("{on: 1, yes: 2, 3: 4, null: 5, 1e-3: 6}") == {
+        "on": 1,
+        "yes": 2,
+        "3": 4,
+        "null": 5,
+        "1e-3": 6,
+    }
 
 
 def test_places_count_from_one_and_letters_not_bytes():
@@ -99,7 +106,14 @@ def test_aliases_and_merge_keys():
 
 
 def test_plain_tags():
-    assert read("[!!str 1, !!float 1, !!int '3', !!bool 'true', !!null '', ! 5]") == ["1", 1.0, 3, True, None, "5"]
+    assert read("[!!str 1, !!float 1, !!int '3', !!bool 'true', !!null '', ! 5]") == [
+        "1",
+        1.0,
+        3,
+        True,
+        None,
+        "5",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -205,8 +219,16 @@ def test_byte_order_mark_is_left_out(tmp_path: Path):
     assert read(read_file(file)) == {"a": 1, "b": 2}
 
 
+def _check_placed(error: RecipeError) -> None:
+    assert all(problem.code.startswith("K1") and problem.place for problem in error.problems)
+
+
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=10,
 )
@@ -214,13 +236,11 @@ plain = st.recursive(
 
 @given(plain)
 def test_json_reads_as_itself(value: object):
-    import json
-
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     try:
         found = read(text)
-    except RecipeError as error:  # JSON allows letters that YAML does not
-        assert error.problems[0].code == "K103" or any(ord(letter) > 126 for letter in text)
+    except RecipeError:  # JSON allows letters that YAML does not
+        assert any(ord(letter) > 126 for letter in text)
     else:
         assert found == value
 
@@ -230,7 +250,7 @@ def test_any_text_reads_or_is_refused(text: str):
     try:
         read_yaml(text, "r.yaml")
     except RecipeError as error:
-        assert all(problem.code.startswith("K1") and problem.place for problem in error.problems)
+        _check_placed(error)
 
 
 @given(st.text(max_size=20))
