@@ -41,8 +41,8 @@ def fit(
 ) -> tuple[Shape, Shape]:
     """Return the shapes with the most parameters within `budget`, of which `fixed` go to the bias.
 
-    Among equals, those with the fewest FLOPs, then with the smallest a. `whole_rows` keeps b at one row, so that
-    every row of the weight has its own row of A. Raises PassError K423 if nothing is small enough.
+    Among equals, those with the fewest FLOPs, then with the smallest a. `whole_rows` keeps b at one row, so
+    that every row of the weight has its own row of A. Raises PassError K423 if nothing is small enough.
     """
 
     def parameters(pair: tuple[Shape, Shape]) -> int:
@@ -55,7 +55,7 @@ def fit(
         return max(small, key=lambda pair: (parameters(pair), -contraction(*pair).cost))
     least = min(map(parameters, allowed), default=None)
     raise PassError(
-        f"no factors of a {size[0]}x{size[1]} weight with rank {rank} keep the module within {budget} parameters",
+        f"no factors of a {size[0]}x{size[1]} weight, rank {rank}, keep the module to {budget} parameters",
         code="K423",
         expected=f"a budget of {least} or more" if least else f"a rank below {rank}",
         remedy="lower `ratio` or `rank`, or raise `params`" if least else "lower `rank`",
