@@ -38,7 +38,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3": COMMON | SPECIAL | {"num_key_value_heads": 2, "head_dim": 8},
     "modernbert": COMMON | SPECIAL | {"cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2},
     "deberta-v2": COMMON
-    | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "type_vocab_size": 2},
+    | {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "type_vocab_size": 2,
+    },
     "vit": {
         key: COMMON[key]
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -53,7 +58,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def _tiny(family: str, auto: str = "AutoModel", seed: int = 0, **changes: Any) -> Any:
-    """Return a random float32 model of `family` in eval mode; every parameter differs from its neutral value."""
+    """Return a random float32 model of `family` in eval mode; no parameter is neutral."""
     config = transformers.AutoConfig.for_model(family, **(SIZES[family] | changes))
     torch.manual_seed(seed)
     model = getattr(transformers, auto).from_config(config)

@@ -15,7 +15,7 @@ from kroncc.graph.inputs import default_inputs, example_inputs
 from kroncc.graph.lift import innermost, lift, stack_of
 from kroncc.graph.model_graph import Extras, ModelGraph, copy_graph
 from kroncc.graph.modules import Region
-from kroncc.graph.symbolic import unify
+from kroncc.graph.symbolic import unify, upper_limits
 from kroncc.graph.trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -29,22 +29,24 @@ def capture(
 ) -> ModelGraph:
     """Return the graph of `model`, with symbolic batch and length, bound to the model's own modules.
 
-    `model` is a transformers model on meta or with weights. `inputs` names the inputs to trace with, or gives example
-    tensors for inputs of no standard shape (dimension 0 is the batch; dimension 1 of integer inputs is a length);
-    the default is what the model's tokenizer or image processor gives. Raises CaptureError.
+    `model` is a transformers model on meta or with weights. `inputs` names the inputs to trace with, or gives
+    example tensors for inputs of no standard shape (dimension 0 is the batch; dimension 1 of integer inputs is
+    a length); the default is what the model's tokenizer or image processor gives. Raises CaptureError.
     """
     traced = trace(model, example_inputs(model, inputs))
     graph, constants = lift(traced)
     extras: Extras = dict(constants)
+    limits = upper_limits(graph, traced.program.range_constraints)
     unify(graph)
     _name_outputs(traced, graph)
     fold_leaves(traced, graph)
     extras.update(name_functions(traced, graph))
     extras.update(_name_regions(traced, graph))
     _sweep(graph)
+    _refuse_chance(graph)
     for node in graph.nodes:
         _annotate(node)
-    return ModelGraph(copy_graph(graph), model, extras, model.dtype)
+    return ModelGraph(copy_graph(graph), model, extras, model.dtype, limits)
 
 
 def _name_outputs(traced: Trace, graph: fx.Graph) -> None:
@@ -71,7 +73,7 @@ def _name_outputs(traced: Trace, graph: fx.Graph) -> None:
 
 
 def _name_regions(traced: Trace, graph: fx.Graph) -> Extras:
-    """Replace code under `no_grad`, which the exporter keeps as a sub-graph, by a module; return them by name."""
+    """Make a module of each sub-graph that the exporter keeps for code under `no_grad`; return them by name."""
     regions: Extras = {}
     for node in graph.find_nodes(op="call_function", target=wrap_with_set_grad_enabled, sort=True):
         enabled, body, *operands = node.args
@@ -91,8 +93,32 @@ def _name_regions(traced: Trace, graph: fx.Graph) -> Extras:
 def _sweep(graph: fx.Graph) -> None:
     """Erase what nothing reads. Inputs stay: they are the signature."""
     for node in reversed(graph.nodes):
-        if node.op not in ("placeholder", "output") and not node.users:
+        if node.op not in ("placeholder", "output") and not node.users and not _writes(node):
             graph.erase_node(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Tell whether a node changes, in place, a tensor that something else may read."""
+    if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+        return False
+    changed = node.all_input_nodes[0]
+    fresh = changed.op == "call_function" and not any(
+        isinstance(source.meta.get("val"), torch.Tensor) for source in changed.all_input_nodes
+    )
+    return not (fresh and len(changed.users) == 1)
+
+
+def _refuse_chance(graph: fx.Graph) -> None:
+    """Refuse random numbers drawn outside dropout: they depend on a mode that the graph cannot switch."""
+    for node in graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            raise CaptureError(
+                f"module {innermost(node)!r} draws random numbers ({target}) in its own forward",
+                code="K308",
+                expected="randomness in dropout or in a module of its own only",
+                remedy="switch it off in the config, or move it into a sub-module",
+            )
 
 
 def _annotate(node: fx.Node) -> None:

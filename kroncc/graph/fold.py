@@ -14,11 +14,10 @@ from kroncc.graph.modules import Attention
 from kroncc.graph.trace import Trace
 
 aten = torch.ops.aten
-CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 
 
 def fold_leaves(trace: Trace, graph: fx.Graph) -> None:
-    """Replace the nodes of each call of a leaf module by one `call_module`, where the call is one tensor in, one out."""
+    """Replace the nodes of each call of a leaf module by one `call_module`, if it is one tensor in, one out."""
     groups: dict[str, list[fx.Node]] = defaultdict(list)
     owners: dict[str, str] = {}
     for node in graph.nodes:
@@ -64,7 +63,7 @@ def _bypass(node: fx.Node, inside: set[fx.Node]) -> None:
 def _tensor_sources(
     trace: Trace, module: nn.Module, inside: set[fx.Node], nodes: Sequence[fx.Node]
 ) -> list[fx.Node]:
-    """Return the distinct tensors that a group reads, less the module's own; sizes are recomputed and do not count."""
+    """Return the distinct tensors that a group reads, less the module's own; sizes do not count."""
     own = {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
     sources: dict[fx.Node, None] = {}
     for node in nodes:
@@ -123,7 +122,7 @@ def _free_name(model: nn.Module, extras: dict[str, nn.Module], target: str, modu
 
 def _attention(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...]]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     module = Attention(
         dropout_p=given.get("dropout_p", 0.0),
         is_causal=given.get("is_causal", False),

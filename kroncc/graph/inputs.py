@@ -12,7 +12,6 @@ from torch.export import Dim
 from kroncc.errors import CaptureError, did_you_mean
 
 BATCH, LENGTH, TARGET_LENGTH = 3, 10, 7  # sizes of the examples: none is 1, and no two are equal
-TEXT = ("input_ids", "attention_mask")
 TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "bbox"}
 TARGETS = {"decoder_input_ids", "decoder_attention_mask"}
 
@@ -25,12 +24,14 @@ def parameters_of(model: torch.nn.Module) -> list[str]:
 def default_inputs(model: Any) -> tuple[str, ...]:
     """Return the inputs that the model's own tokenizer or image processor gives and its `forward` takes.
 
-    A model class without either gets its main input, and a mask where its `forward` takes one. Encoder-decoders
-    that generate get `decoder_input_ids` too.
+    A model class without either gets its main input, and a mask where its `forward` takes one.
+    Encoder-decoders that generate get `decoder_input_ids` too.
     """
     accepted = parameters_of(model)
     given = _preprocessor_names(model.config) or (model.main_input_name, "attention_mask")
-    names = [name for name in given if name in accepted] or [model.main_input_name]
+    names = [name for name in given if name in accepted]
+    if model.main_input_name not in names:  # the tokenizer that is found makes labels, such as a transcript
+        names = [model.main_input_name]
     if _feeds_decoder(model) and "decoder_input_ids" in accepted:
         names.append("decoder_input_ids")
     return tuple(dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""Make an exported graph free of the exporter: attributes by name, no assertions, devices found at run time."""
+"""Free an exported graph of the exporter: attributes by name, no assertions, devices found at run time."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ def _runtime_device(graph: fx.Graph) -> None:
         )
     with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
         device = graph.call_function(builtins.getattr, (inputs[0], "device"))
-    device.name = graph._graph_namespace.create_name("device", None)
     for node in baked:
-        node.args = map_aggregate(node.args, lambda value: device if _is_meta(value) else value)  # type: ignore[assignment]
-        node.kwargs = map_aggregate(node.kwargs, lambda value: device if _is_meta(value) else value)  # type: ignore[assignment]
+        node.args, node.kwargs = map_aggregate(
+            (node.args, node.kwargs), lambda value: device if _is_meta(value) else value
+        )
 
 
 def _is_meta(value: Any) -> bool:

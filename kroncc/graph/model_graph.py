@@ -1,9 +1,9 @@
-"""One model in two views: the graph that passes analyse and the executor runs, and the tree the user loads."""
+"""One model in two views: the graph that passes analyse and the executor runs, the tree the user loads."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +18,30 @@ class ModelGraph:
     """A graph over the sub-modules of a model, kept together with the model.
 
     `module` is the graph view: call it with keyword inputs, it returns a dict from output name to tensor.
-    `model` is the tree view and holds the same sub-module objects. `extras` exist in the graph view only, by name:
-    attention and dropout that the source calls as functions, regions under `no_grad`, constant tensors.
-    `dtype` is the floating dtype that the graph was traced in.
+    `model` is the tree view and holds the same sub-module objects. `extras` exist in the graph view only, by
+    name: attention and dropout that the source calls as functions, regions under `no_grad`, constant tensors.
+    `dtype` is the floating dtype that the graph was traced in; `limits` are the largest sizes it holds for, by
+    name (`length`, ...), where there are any.
     """
 
-    def __init__(self, graph: fx.Graph, model: nn.Module, extras: Extras, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        model: nn.Module,
+        extras: Extras,
+        dtype: torch.dtype,
+        limits: Mapping[str, int] | None = None,
+    ) -> None:
+        held = getattr(model, "dtype", dtype)
+        if held != dtype:
+            raise CaptureError(
+                f"the graph was captured in {dtype}, and {type(model).__name__} holds {held}",
+                code="K309",
+                expected=f"a model in {dtype}",
+                remedy="cast the model first, or capture it as it is",
+            )
         self.model = model
+        self.limits = dict(limits or {})
         self.extras = extras
         self.dtype = dtype
         self.module = _graph_module(graph, model, extras)
@@ -88,9 +105,10 @@ class ModelGraph:
     def bind(self, model: nn.Module) -> ModelGraph:
         """Return the same graph over another tree of the same architecture, compressed or not.
 
-        Raises CaptureError (K307) where the graph names a module or a tensor that `model` lacks.
+        Raises CaptureError: K307 where the graph names a module or a tensor that `model` lacks, K309 where
+        the model holds another dtype than the graph was captured in.
         """
-        return ModelGraph(copy_graph(self.graph), model, copy.deepcopy(self.extras), self.dtype)
+        return ModelGraph(copy_graph(self.graph), model, copy.deepcopy(self.extras), self.dtype, self.limits)
 
     def copy(self) -> ModelGraph:
         """Return a graph and a tree of their own that hold the very same parameters and buffers."""
@@ -108,10 +126,10 @@ class ModelGraph:
         """Set evaluation mode in both views."""
         return self.train(False)
 
-    def to(self, *args: Any, **kwargs: Any) -> ModelGraph:
-        """Move both views to a device, as `nn.Module.to` does."""
-        self.model.to(*args, **kwargs)
-        self.module.to(*args, **kwargs)
+    def to(self, device: torch.device | str) -> ModelGraph:
+        """Move both views to a device."""
+        self.model.to(device)
+        self.module.to(device)
         return self
 
 

@@ -8,22 +8,18 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate
 from torch.func import functional_call
+from torch.fx.node import map_aggregate
 
-from kroncc.graph.symbolic import concrete, concrete_shape, symbols
+from kroncc.graph.symbolic import concrete, concrete_shape, depends_on_data, symbols
 
 # Two sizes for every symbol: a shape that is right at both follows its input.
 TRIALS = ({"batch": 2, "length": 5, "target_length": 4}, {"batch": 3, "length": 8, "target_length": 6})
 
 
 def trial_sizes(graph: fx.Graph) -> list[dict[str, int]]:
-    """Return the numbers to try for the symbols of a graph; sizes without a name keep those of the trace."""
-    names = symbols(graph)
-    return [
-        {name: trial[name] for name in names if name in trial}
-        for trial in TRIALS
-    ]
+    """Return the numbers to try for the symbols of a graph."""
+    return [{name: trial.get(name, trial["length"]) for name in symbols(graph)} for trial in TRIALS]
 
 
 def meta_value(value: Any, names: Mapping[str, sympy.Symbol], sizes: Mapping[str, int]) -> Any:
@@ -52,7 +48,7 @@ def call_trial(node: fx.Node, module: nn.Module, sizes: Mapping[str, int]) -> tu
     def value(arg: fx.Node) -> Any:
         return meta_value(arg.meta["val"], names, sizes)
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value)  # type: ignore[misc]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     return call_on_meta(module, *args, **kwargs), meta_value(node.meta["val"], names, sizes)
 
 
@@ -71,7 +67,7 @@ class ShapeRun(fx.Interpreter):
         self.run(*(meta_value(node.meta["val"], self.names, self.sizes) for node in inputs))
         return self.wrong
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
         value = self.fetch_attr(target)
         return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
 
@@ -79,6 +75,8 @@ class ShapeRun(fx.Interpreter):
         return call_on_meta(self.fetch_attr(target), *args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
+        if depends_on_data(n.meta.get("val")):
+            return meta_value(n.meta["val"], self.names, self.sizes)
         result = super().run_node(n)
         if isinstance(n.meta.get("val"), torch.Tensor):
             expected = meta_value(n.meta["val"], self.names, self.sizes)

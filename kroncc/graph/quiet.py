@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-
-NOISY = ("transformers", "torch.export", "torch._export", "torch.fx", "torch._dynamo")
+from contextlib import contextmanager, redirect_stderr
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Raise the level of noisy loggers to CRITICAL and ignore warnings inside the block; restore both after."""
-    loggers = [logging.getLogger(name) for name in NOISY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    """Drop log records, warnings and stderr inside the block: what matters comes back as an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        # The exporter prints the graph so far when it fails.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -48,7 +48,7 @@ class Rewriter:
         for node in self.mg.graph.find_nodes(op="get_attr"):
             if str(node.target).startswith(f"{fqn}."):
                 raise PassError(
-                    f"{self.by} swaps {fqn!r}, but {node.meta.get('fqn') or 'its parent'!r} reads {node.target!r}",
+                    f"{self.by} swaps {fqn!r}, but other code reads its {node.target!r}",
                     code="K431",
                     expected="a module whose parameters only its own forward reads",
                     remedy="exclude this module",
@@ -126,11 +126,13 @@ def _set(root: nn.Module, fqn: str, module: nn.Module) -> None:
 
 
 def _value(call: fx.Node, module: nn.Module) -> Any:
-    args, kwargs = fx.map_arg((call.args, call.kwargs), lambda node: node.meta["val"])  # type: ignore[misc]
+    args, kwargs = fx.map_arg((call.args, call.kwargs), lambda node: node.meta["val"])
     mode = detect_fake_mode((args, kwargs))
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if mode is None:
         return functional_call(module, tensors, args, kwargs)
-    fake = {name: mode.from_tensor(torch.empty_like(t, device="meta")) for name, t in tensors.items()}
+    fake: dict[str, torch.Tensor] = {
+        name: mode.from_tensor(torch.empty_like(t, device="meta")) for name, t in tensors.items()
+    }
     with mode, torch.no_grad():
         return functional_call(module, fake, args, kwargs)

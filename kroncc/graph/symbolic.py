@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from kroncc.graph.inputs import TARGETS, TOKENS
 
@@ -43,8 +45,18 @@ def unify(graph: fx.Graph) -> None:
             bool(known == size)  # the comparison itself records the equality
 
 
+def upper_limits(graph: fx.Graph, ranges: Mapping[Any, Any]) -> dict[str, int]:
+    """Return the largest value of each size that has one, e.g. the length that positions are learned for."""
+    limits: dict[str, int] = {}
+    for name, size in _named_dims(graph):
+        found = ranges.get(size.node.expr)
+        if found is not None and isinstance(found.upper, sympy.Integer):
+            limits[name] = min(int(found.upper), limits.get(name, int(found.upper)))
+    return limits
+
+
 def symbols(graph: fx.Graph) -> dict[str, sympy.Symbol]:
-    """Return the symbols of the graph's shapes by name: `batch`, `length`, `target_length`, or `<input>_<axis>`."""
+    """Return the symbols of the shapes by name: `batch`, `length`, `target_length`, or `<input>_<axis>`."""
     return {name: size.node.expr for name, size in reversed(_named_dims(graph))}
 
 
@@ -52,7 +64,16 @@ def concrete(size: int | torch.SymInt, names: Mapping[str, sympy.Symbol], sizes:
     """Return one dimension with numbers for its symbols, e.g. `{"batch": 2, "length": 128}`."""
     if not isinstance(size, torch.SymInt):
         return int(size)
-    return int(size.node.expr.xreplace({names[name]: sympy.Integer(value) for name, value in sizes.items()}))
+    values = {names[name]: sympy.Integer(value) for name, value in sizes.items()}
+    # A size that depends on data (a selection by mask) may be anything; a multiple of all sizes divides well.
+    unknown = size.node.expr.free_symbols - values.keys()
+    values |= dict.fromkeys(unknown, sympy.Integer(math.prod(sizes.values())))
+    return int(size.node.expr.xreplace(values))
+
+
+def depends_on_data(value: Any) -> bool:
+    """Tell whether a tensor's shape holds a size that only its data can tell."""
+    return isinstance(value, torch.Tensor) and bool(free_unbacked_symbols(value))
 
 
 def concrete_shape(

@@ -13,17 +13,25 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 
 from kroncc.errors import CaptureError
 from kroncc.graph.inputs import dynamic_shapes
 from kroncc.graph.quiet import quiet
 
-GIVE_INPUTS = "pass the inputs that the model needs: capture(model, [names]) or capture(model, {name: tensor})"
+GIVE_INPUTS = (
+    "pass the inputs that the model needs: capture(model, [names]) or capture(model, {name: tensor})"
+)
+
+BRANCH = (
+    "the module branches on the values of a tensor: use torch.where or torch.cond; "
+    "if it drops whole layers at random, set its layerdrop to 0 in the config"
+)
 
 
 @dataclass
 class Calls:
-    """What the trace saw of module calls: where it is now, and which modules take one tensor and return one."""
+    """What the trace saw of module calls: where it is, and which modules take one tensor and return one."""
 
     path: list[str] = field(default_factory=list)
     plain: dict[str, bool] = field(default_factory=dict)
@@ -44,9 +52,8 @@ def _one_tensor(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     given = {name: value for name, value in kwargs.items() if value is not None}
     if args:
         return not given and isinstance(args[0], torch.Tensor) and all(value is None for value in args[1:])
-    first = next(iter(inspect.signature(type(module).forward).parameters.keys() - {"self"}), None)
-    names = list(inspect.signature(type(module).forward).parameters)[1:2]
-    return first is not None and list(given) == names and isinstance(given[names[0]], torch.Tensor)
+    first = list(inspect.signature(type(module).forward).parameters)[1:2]
+    return list(given) == first and all(isinstance(value, torch.Tensor) for value in given.values())
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,21 @@ def _align_dtypes(skeleton: nn.Module, model: nn.Module) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+class _KeepConstants(TorchFunctionMode):
+    """Make tensors of Python values on the CPU, where they keep them, and move them where they are wanted."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if (
+            func not in (torch.tensor, torch.as_tensor)
+            or device is None
+            or torch.device(device).type != "meta"
+        ):
+            return func(*args, **kwargs)
+        return func(*args, **{**kwargs, "device": "cpu"}).to(device)
+
+
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[Calls]:
     calls = Calls()
@@ -105,7 +127,7 @@ def trace(model: Any, examples: Mapping[str, torch.Tensor]) -> Trace:
     """Export a meta copy of `model` with symbolic batch and length. Raises CaptureError (K300 to K303)."""
     with quiet():
         skeleton = skeleton_of(model)
-        with _watched(skeleton) as calls:
+        with _watched(skeleton) as calls, _KeepConstants():
             try:
                 program = torch.export.export(
                     skeleton, (), dict(examples), dynamic_shapes=dynamic_shapes(examples), strict=False
@@ -134,8 +156,8 @@ def _failure(model: nn.Module, calls: Calls, error: Exception) -> CaptureError:
 def _diagnose(error: Exception) -> tuple[str, str]:
     text = str(error)
     if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in text:
-        return "K301", "the module branches on the values of a tensor: replace the branch by torch.where or torch.cond"
-    if isinstance(error, ConstraintViolationError) or "marked" in text and "dynamic" in text:
+        return "K301", BRANCH
+    if isinstance(error, ConstraintViolationError) or "Constraints violated" in text:
         return "K302", "the module fixes a batch or a length: make its shapes follow its input"
     if isinstance(error, TypeError | KeyError) or "You have to specify" in text:
         return "K303", GIVE_INPUTS

@@ -17,7 +17,7 @@ Ties = frozenset[frozenset[str]]
 
 @dataclass(frozen=True)
 class GraphStructure:
-    """What a graph promises: tensors (name -> shape, dtype), tied modules, signature, and what it never calls."""
+    """What a graph promises: tensors (name -> shape, dtype), tied modules, signature, what it never calls."""
 
     tensors: dict[str, tuple[tuple[int, ...], str]]
     ties: Ties
@@ -41,7 +41,8 @@ def structure_of(mg: ModelGraph) -> GraphStructure:
 def _signature(mg: ModelGraph, nodes: dict[str, fx.Node]) -> tuple[tuple[str, str], ...]:
     names = symbols(mg.graph)
     return tuple(
-        (name, f"{node.meta['val'].dtype}{shape_text(node.meta['val'], names)}") for name, node in nodes.items()
+        (name, f"{node.meta['val'].dtype}{shape_text(node.meta['val'], names)}")
+        for name, node in nodes.items()
     )
 
 
@@ -56,7 +57,7 @@ def verify(
 ) -> None:
     """Check a model graph; with `before`, also that a pass kept the signature and the ties.
 
-    `ties` declares the groups of modules that share parameters now; without it they must be those of `before`.
+    `ties` declares the groups of modules that share parameters; without it they must be those of `before`.
     Raises PassError: K440 the graph is broken, K441 the views differ, K442 shapes, K443 signature, K444 ties,
     K445 parameters that nothing reads.
     """
@@ -79,7 +80,9 @@ def verify(
         raise _broken("K445", f"nothing reads {', '.join(lost[:5])}", "no orphan parameters", "remove them")
 
 
-def _broken(code: str, message: str, expected: str, remedy: str = "report this to the owner of the pass") -> PassError:
+def _broken(
+    code: str, message: str, expected: str, remedy: str = "report this to the owner of the pass"
+) -> PassError:
     return PassError(message, code=code, expected=expected, remedy=remedy)
 
 
@@ -91,18 +94,26 @@ def _check_graph(mg: ModelGraph) -> None:
     try:
         mg.graph.lint()
     except Exception as error:
-        raise _broken("K440", f"the graph is broken: {error}", "a graph that fx.Graph.lint accepts") from error
+        raise _broken(
+            "K440", f"the graph is broken: {error}", "a graph that fx.Graph.lint accepts"
+        ) from error
 
 
 def _check_views(mg: ModelGraph) -> None:
     for fqn in mg.fqns():
         if mg.module.get_submodule(fqn) is not mg.get(fqn):
-            raise _broken("K441", f"{fqn!r} is not the same module in graph and tree", "one module in both views")
+            raise _broken(
+                "K441", f"{fqn!r} is not the same module in graph and tree", "one module in both views"
+            )
     known = {id(parameter) for parameter in mg.model.parameters()}
-    known |= {id(p) for extra in mg.extras.values() if hasattr(extra, "parameters") for p in extra.parameters()}
+    known |= {
+        id(p) for extra in mg.extras.values() if hasattr(extra, "parameters") for p in extra.parameters()
+    }
     for name, parameter in mg.module.named_parameters():
         if id(parameter) not in known:
-            raise _broken("K441", f"the graph trains {name!r}, which the model does not hold", "one set of parameters")
+            raise _broken(
+                "K441", f"the graph trains {name!r}, which the model does not hold", "one set of parameters"
+            )
 
 
 def _check_shapes(mg: ModelGraph) -> None:
@@ -110,7 +121,9 @@ def _check_shapes(mg: ModelGraph) -> None:
         try:
             wrong = ShapeRun(mg.module, sizes).run_on_meta()
         except Exception as error:
-            raise _broken("K442", f"the graph does not run at {sizes}: {error}", "a graph that runs on meta") from error
+            raise _broken(
+                "K442", f"the graph does not run at {sizes}: {error}", "a graph that runs on meta"
+            ) from error
         if wrong:
             raise _broken("K442", f"at {sizes}, {wrong[0]}", "the shapes and dtypes that the graph carries")
 
@@ -122,7 +135,9 @@ def _check_ties(declared: Ties, now: Ties) -> None:
     new = [" = ".join(sorted(group)) for group in sorted(now - declared, key=sorted)]
     said = [f"no longer tied: {', '.join(gone)}"] if gone else []
     said += [f"tied without being declared: {', '.join(new)}"] if new else []
-    raise _broken("K444", "; ".join(said), "modules tied exactly where declared", "declare the ties that the pass makes")
+    raise _broken(
+        "K444", "; ".join(said), "modules tied exactly where declared", "declare the ties that the pass makes"
+    )
 
 
 def same_structure(promised: GraphStructure, real: GraphStructure) -> None:

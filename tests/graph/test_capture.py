@@ -87,6 +87,8 @@ def test_training_draws_the_same_dropout(captured: Captured, inputs_for: Any) ->
     mg.eval()
     same = all(torch.equal(results[0][name], results[1][name]) for name in mg.outputs)
     assert same
-    has_dropout = any(getattr(module, "p", 0) or getattr(module, "dropout_p", 0) for module in mg.module.modules())
+    has_dropout = any(
+        getattr(module, "p", 0) or getattr(module, "dropout_p", 0) for module in mg.module.modules()
+    )
     differs = not all(torch.equal(results[1][name], results[2][name]) for name in mg.outputs)
     assert differs == has_dropout
