@@ -27,6 +27,7 @@ from kroncc.recipe.schema import (
 from kroncc.recipe.shape import Fault, Schema, faults, shown
 
 LOSS_KINDS: tuple[str, ...] = get_args(LossSpec.model_fields["kind"].annotation)
+MAX_PROBLEMS = 200
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -38,6 +39,10 @@ class PassSchemas(Protocol):
 
     def schema(self, name: str) -> Mapping[str, Any]:
         """Return the JSON Schema of a pass's options; raise `PassError` if there is no such pass."""
+
+
+class TooManyProblems(Exception):
+    """Looking for more problems is of no use; the draft has those found so far."""
 
 
 @dataclass
@@ -63,13 +68,15 @@ class Draft:
         text = text_of(path)
         place = self.places.find_key(text) if at_key else self.places.find(text)
         self.problems.append(Problem(code, message, place, text, expected, remedy))
+        if len(self.problems) >= MAX_PROBLEMS:
+            raise TooManyProblems
 
     def check(self, value: Any, schema: Schema, path: Path) -> bool:
         """Keep the faults of `value` at `path`; say whether there were none."""
-        found = faults(value, schema)
-        for fault in found:
+        before = len(self.problems)
+        for fault in faults(value, schema):
             self._note_fault(fault, path)
-        return not found
+        return len(self.problems) == before
 
     def _note_fault(self, fault: Fault, path: Path) -> None:
         full = path + fault.path
@@ -113,9 +120,8 @@ def _outline() -> Schema:
     return {**schema, "properties": properties, "required": ["name", "model", "steps"]}
 
 
-def build(root: Node, places: PlaceMap, passes: PassSchemas | None) -> Draft:
-    """Return the draft of a composed recipe, with its problems of shape (K130-K150, K41x)."""
-    draft = Draft(places, passes)
+def build(root: Node, draft: Draft) -> None:
+    """Fill `draft` from a composed recipe, and note its problems of shape (K130-K150, K41x)."""
     value = root.plain()
     draft.check(value, _outline(), ())
     _check_version(draft, value)
@@ -133,7 +139,6 @@ def build(root: Node, places: PlaceMap, passes: PassSchemas | None) -> Draft:
         if action:
             draft.steps[name] = action
     draft.expect = {key: text for key, text in _mapping(value.get("expect")).items() if isinstance(text, str)}
-    return draft
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -57,6 +57,7 @@ CODES: dict[str, str] = {
     "K173": "An expectation names an unknown result",
     "K174": "No step measures what an expectation names",
     "K175": "What an expectation names is measured more than once",
+    "K199": "There are more problems than were listed",
     "K201": "A target is not well formed",
     "K202": "Unknown role",
     "K203": "Not a regular expression",

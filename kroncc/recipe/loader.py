@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kroncc.errors import Problem, RecipeError
-from kroncc.recipe.build import Draft, PassSchemas, build
+from kroncc.errors import Place, Problem, RecipeError
+from kroncc.recipe.build import Draft, PassSchemas, TooManyProblems, build
 from kroncc.recipe.check import check
 from kroncc.recipe.compose import apply_overrides, as_mapping, override, parse_override, read_extended
 from kroncc.recipe.expand import expand_steps
@@ -43,8 +43,14 @@ def load_recipe(
     problems: list[Problem] = []
     root, templates = _compose(root, overrides, problems)
     places = place_map(root)
-    draft = build(root, places, passes)
-    check(draft, templates)
+    draft = Draft(places, passes)
+    try:
+        build(root, draft)
+        check(draft, templates)
+    except TooManyProblems:
+        problems.append(
+            Problem("K199", "there are more problems than these", Place(str(path)), expected="fewer")
+        )
     problems += draft.problems
     if problems or draft.model is None:
         raise RecipeError(problems=_in_order(problems))
@@ -79,8 +85,8 @@ def _recipe(root: Node, draft: Draft) -> Recipe:
 
 
 def _in_order(problems: Sequence[Problem]) -> list[Problem]:
-    def rank(problem: Problem) -> tuple[str, int, int]:
-        place = problem.place
-        return (place.file, place.line, place.column) if place else ("", 0, 0)
+    def rank(problem: Problem) -> tuple[bool, str, int, int]:
+        place = problem.place or Place("")
+        return problem.code == "K199", place.file, place.line, place.column
 
     return sorted(dict.fromkeys(problems), key=rank)

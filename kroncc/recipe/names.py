@@ -31,12 +31,24 @@ TAPS: tuple[str, ...] = (
     "sentence",
 )
 
-METRICS: tuple[str, ...] = ("accuracy", "f1", "mcc", "pearson", "spearman", "perplexity", "fidelity")
-"""What an evaluate step can measure. `fidelity` needs a reference model and gives `FIDELITY_PARTS`."""
+METRICS: tuple[str, ...] = (
+    "accuracy",
+    "f1",
+    "mcc",
+    "pearson",
+    "spearman",
+    "perplexity",
+    "latency",
+    "fidelity",
+)
+"""What an evaluate step can measure.
+
+`latency` is in ms at batch 1; `fidelity` needs a reference model and gives `FIDELITY_PARTS`.
+"""
 
 FIDELITY_PARTS: tuple[str, ...] = ("agreement", "kl", "cosine", "rank_correlation")
 
-COSTS: tuple[str, ...] = ("params", "bytes", "flops", "flops.linear", "flops.total")
+COSTS: tuple[str, ...] = ("params", "bytes", "disk", "flops", "flops.linear", "flops.total")
 """What is known of every model without running it."""
 
 TASKS: tuple[str, ...] = (

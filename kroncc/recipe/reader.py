@@ -20,6 +20,7 @@ from kroncc.recipe.scalars import TAG, resolve_scalar, resolve_tagged
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 50
 MAX_NODES = 100_000
+MAX_PROBLEMS = 200
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _QUOTE = "put the value in quotes if it begins with @ * & ! > | % ` or a tab, or contains ': '"
@@ -244,6 +245,8 @@ class _Builder:
 
     def _note(self, code: str, message: str, event: Any, expected: str, remedy: str = "") -> None:
         self.problems.append(Problem(code, message, self._place(event), expected=expected, remedy=remedy))
+        if len(self.problems) >= MAX_PROBLEMS:
+            raise self._fault("K199", "there are more problems than these", self._place(event), "fewer")
 
     def _fault(self, code: str, message: str, place: Place, expected: str, remedy: str = "") -> RecipeError:
         last = Problem(code, message, place, expected=expected, remedy=remedy)

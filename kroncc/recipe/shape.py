@@ -30,13 +30,13 @@ class Fault:
     is_key: bool = False
 
 
-def faults(value: Any, schema: Schema) -> list[Fault]:
-    """Return all that is wrong with `value`.
+def faults(value: Any, schema: Schema) -> Iterator[Fault]:
+    """Yield all that is wrong with `value`.
 
     K130 unknown key, K131 missing key, K132 wrong type, K133 not one of the allowed values, K134 outside of
     the allowed range, length or pattern, K137 a key that is no good name.
     """
-    return list(_faults(value, schema, (), schema))
+    yield from _faults(value, schema, (), schema)
 
 
 def _faults(value: Any, schema: Schema, path: Path, root: Schema) -> Iterator[Fault]:

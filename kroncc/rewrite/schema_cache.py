@@ -40,7 +40,7 @@ def key(points: Iterable[importlib.metadata.EntryPoint]) -> str:
         dist = point.dist
         parts.append(f"{point.name}={point.value} {dist.name if dist else ''} {dist.version if dist else ''}")
         if dist is None or _editable(dist):
-            parts += _source_stamps(point.module)
+            parts += _source_stamps(point.value.partition(":")[0].strip())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
