@@ -215,7 +215,8 @@ def _check_cycles(draft: Draft) -> None:
     for start in needs:
         cycle = _find_cycle(start, needs, done)
         if cycle:
-            message = f"the steps go in a circle: {' -> '.join(cycle)}"
+            shown = cycle if len(cycle) <= 12 else [*cycle[:9], "...", *cycle[-2:]]
+            message = f"the steps go in a circle: {' -> '.join(shown)}"
             draft.note("K162", ("steps", cycle[0]), message, "steps that begin at base", at_key=True)
 
 
