@@ -1,4 +1,5 @@
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -147,22 +148,25 @@ def test_no_torch_and_quick():
         "import sys; from kroncc.cli import main; main(['validate', *sys.argv[1:]]);"
         "print({'torch', 'transformers', 'datasets', 'jsonschema', 'networkx', 'numpy'} & set(sys.modules))"
     )
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code, RECIPES[0]], capture_output=True, text=True, check=True, cwd=ROOT
-        )
-        best = min(best, time.perf_counter() - start)
-        assert done.stdout.splitlines()[-1] == "set()"
-    assert best < 1.0  # 0.3 s on an idle core; the promise is 0.5 s
+    before = _cpu_of_children()
+    done = subprocess.run(
+        [sys.executable, "-c", code, RECIPES[0]], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert _cpu_of_children() - before < 0.5
+
+
+def _cpu_of_children() -> float:
+    """Seconds of CPU, not of the clock: other work on the machine does not count."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def test_a_hundred_files(capsys):
     main(["validate", RECIPES[0]])
-    start = time.perf_counter()
+    start = time.process_time()
     assert main(["validate", *[RECIPES[0]] * 100]) == 0
-    assert time.perf_counter() - start < 4.0  # the promise is 2 s on an idle core
+    assert time.process_time() - start < 2.0
 
 
 def test_schema_is_json(capsys):

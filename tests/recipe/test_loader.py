@@ -369,12 +369,12 @@ def test_long_circle_is_shown(write):
     ],
 )
 def test_a_flood_of_problems_is_cut(write, row: str):
-    start = time.perf_counter()
+    start = time.process_time()
     rows = "".join(row.format(n=n) for n in range(10_000))
     found = problems(write(f"kroncc: 1\nname: a\nmodel: {{source: x}}\nsteps:\n{rows}"))
     assert 200 <= len(found) <= 202
     assert found[-1].code == "K199"
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_overrides(write):

@@ -175,9 +175,9 @@ def test_depth_is_bounded():
 
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? "])
 def test_a_bomb_of_brackets_is_refused_quickly(opening: str):
-    start = time.perf_counter()
+    start = time.process_time()
     assert problems((opening * MAX_BYTES)[:MAX_BYTES])[0].code in ("K104", "K109")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_depth_counts_through_aliases():
@@ -188,9 +188,9 @@ def test_depth_counts_through_aliases():
 def test_a_bomb_of_aliases_is_refused_quickly():
     row = ", ".join
     levels = "\n".join(f"a{n}: &a{n} [{row([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))
-    start = time.perf_counter()
+    start = time.process_time()
     assert problems(f"a0: &a0 x\n{levels}")[0].code == "K110"
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_unreadable_files(tmp_path: Path):
