@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -31,7 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
+    except Exception as error:
+        return _fault(error)
     return 0
+
+
+def _fault(error: Exception) -> int:
+    """Report a fault of kroncc itself: one line, and the traceback in a file to send along."""
+    if os.environ.get("KRONCC_DEBUG"):
+        raise error
+    with tempfile.NamedTemporaryFile("w", prefix="kroncc-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    typer.echo(f"K999: this is a fault of kroncc: {type(error).__name__}: {error}", err=True)
+    typer.echo(f"  remedy:   report it with {log.name}", err=True)
+    return 1
 
 
 def app_for(arguments: Sequence[str]) -> typer.Typer:

@@ -115,12 +115,6 @@ def set_module(model: nn.Module, fqn: str, module: nn.Module) -> None:
     module.train(old.training)
 
 
-def make_contiguous(module: nn.Module) -> None:
-    """Lay out all Parameters in row-major order, as they are on disk: another order gives other last bits."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous()
-
-
 def _replay_pass(model: nn.Module, applied: AppliedPass, replaced: dict[str, nn.Module]) -> AppliedPass:
     """Apply one pass to all of its sites; return it with their names in `model`, note what it took out."""
     pass_ = _build(applied)
@@ -146,11 +140,7 @@ def _rewritten(pass_: SitePass, site: Site, model: nn.Module) -> dict[str, nn.Mo
         raise _misfit(pass_, site, error.problems[0].message) from error
     if isinstance(outcome, Skip):
         raise _misfit(pass_, site, outcome.reason)
-    modules = {site.fqn: outcome.module, **outcome.partners}
-    for fqn, module in modules.items():
-        make_contiguous(module)
-        _reject_lost_buffers(pass_, fqn, module)
-    return modules
+    return {site.fqn: outcome.module, **outcome.partners}
 
 
 def _build(applied: AppliedPass) -> SitePass:
@@ -216,16 +206,3 @@ def _misfit(pass_: SitePass, site: Site, reason: str) -> ModelError:
         expected="the architecture that the structure was made for",
         remedy="restore the model's config.json, or compress the model again",
     )
-
-
-def _reject_lost_buffers(pass_: SitePass, fqn: str, module: nn.Module) -> None:
-    """A buffer that is not saved comes back from `from_pretrained` uninitialised: refuse it at once."""
-    for name, part in module.named_modules():
-        if part._non_persistent_buffers_set:
-            buffers = ", ".join(sorted(part._non_persistent_buffers_set))
-            raise PassError(
-                f"pass {pass_.kind!r} on {fqn}: buffers that are not saved would be lost on loading: "
-                f"{name + ': ' if name else ''}{buffers}",
-                code="K450",
-                remedy="register them with persistent=True, or compute them in forward",
-            )

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kroncc.errors import RunError
 from kroncc.model.quantizer import attach
-from kroncc.model.replay import make_contiguous
+from kroncc.rewrite.treat import make_contiguous
 from kroncc.model.structure import Structure
 from kroncc.model.ties import declare_ties
 from kroncc.quiet import quiet_transformers

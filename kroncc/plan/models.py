@@ -9,7 +9,7 @@ from kroncc.graph.cost import ModelCost, ModuleCost, model_cost
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.roles import find_roles
 from kroncc.model.load import skeleton
-from kroncc.model.replay import replay
+from kroncc.model.replay import replay, without_resized
 from kroncc.model.source import Origin
 from kroncc.model.structure import Structure
 from kroncc.plan.check import check_distill
@@ -44,7 +44,9 @@ class Models:
 
     def add_base(self, labels: int | None) -> None:
         """Report the model as it came."""
-        self.reports[BASE] = self._report(self.dense(labels), labels, Structure(), ())
+        structure = self.origin.structure
+        graph = self.rebuilt(structure, labels)
+        self.reports[BASE] = self._report(graph, labels, structure, ())
 
     def add(self, name: str, action: Action) -> None:
         """Report the model that step `name` makes; steps that make none add nothing."""
@@ -68,7 +70,10 @@ class Models:
     def _relabelled(self, source: ModelReport, labels: int | None) -> ModelReport:
         if labels is None or labels == source.labels:
             return source
-        return self._report(self.rebuilt(source.structure, labels), labels, source.structure, ())
+        structure = without_resized(
+            source.structure, self.dense(source.labels).model, self.dense(labels).model
+        )
+        return self._report(self.rebuilt(structure, labels), labels, structure, ())
 
     def _check(self, action: Distill, student: ModelReport) -> None:
         teacher = self.reports[action.teacher]

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from kroncc.plan.render import human
 from kroncc.plan.stages import ModelReport, Plan
+from kroncc.recipe.names import COSTS
 
-STATIC = ("params", "bytes", "flops", "flops.linear")
 DISK = "disk"  # bytes of the weight files; a value `MODEL.disk`
 LATENCY = "latency"  # milliseconds at batch 1; a value `MODEL.latency`
 
@@ -34,7 +34,7 @@ def closing_table(plan: Plan, values: Mapping[str, float]) -> Table:
 def _metrics(name: str, values: Mapping[str, float]) -> dict[str, float]:
     """Return the measured values of one model, without its name; `a.b` belongs to the longest model name."""
     found = {key[len(name) + 1 :]: value for key, value in values.items() if key.startswith(f"{name}.")}
-    return {key: value for key, value in found.items() if key not in STATIC and key != DISK}
+    return {key: value for key, value in found.items() if key not in COSTS}
 
 
 def _sizes(

@@ -48,4 +48,27 @@ def treat(pass_: SitePass, site: Site, partners: Mapping[str, nn.Module]) -> Tre
         return Skip(
             f"its weight is tied to {shared}, and {type(module).__name__} does not say how to share it"
         )
-    return Treated(resolved, module, {fqn: module.tied_to(partner) for fqn, partner in partners.items()})
+    followers = {fqn: module.tied_to(partner) for fqn, partner in partners.items()}
+    for fqn, new in {site.fqn: module, **followers}.items():
+        make_contiguous(new)
+        _reject_lost_buffers(pass_, fqn, new)
+    return Treated(resolved, module, followers)
+
+
+def make_contiguous(module: nn.Module) -> None:
+    """Lay out all Parameters in row-major order, as they are on disk: another order gives other last bits."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
+def _reject_lost_buffers(pass_: SitePass, fqn: str, module: nn.Module) -> None:
+    """A buffer that is not saved comes back from `from_pretrained` uninitialised: refuse it at once."""
+    for name, part in module.named_modules():
+        if part._non_persistent_buffers_set:
+            buffers = ", ".join(sorted(part._non_persistent_buffers_set))
+            raise PassError(
+                f"pass {pass_.kind!r} on {fqn}: buffers that are not saved would be lost on loading: "
+                f"{name + ': ' if name else ''}{buffers}",
+                code="K450",
+                remedy="register them with persistent=True, or compute them in forward",
+            )
