@@ -15,6 +15,7 @@ from kroncc.graph.flow import AttentionFlow, find_flow
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.modules import Attention
 from kroncc.graph.ops import is_in_place, module_of, value_of
+from kroncc.graph.walk import only
 
 NAMED = ("embeddings", "hidden", "ffn.output", "attention.scores", "attention.probs", "logits", "sentence")
 MISSING = {
@@ -117,7 +118,7 @@ class Draft:
         known = dict(self.mg.model.named_modules())
         if fqn in known:
             raise PlanError(
-                f"module {fqn!r} gives no tensor that a loss could read",
+                f"module {fqn!r} gives no tensor, or several",
                 code="K711",
                 expected="a module that is called and returns one tensor",
             )
@@ -195,10 +196,12 @@ class Draft:
 
 
 def _leaving(nodes: list[fx.Node]) -> fx.Node | None:
-    """Return the last of `nodes` whose tensor is used by a node outside of them."""
+    """Return the one of `nodes` whose tensor is used by a node outside of them; None where several are."""
     inside = set(nodes)
-    leaving = [node for node in nodes if value_of(node) is not None and set(node.users) - inside]
-    return leaving[-1] if leaving else None
+    leaving = [node for node in nodes if set(node.users) - inside]
+    return only(
+        node for node in leaving if (value := value_of(node)) is not None and value.is_floating_point()
+    )
 
 
 def _sweep(graph: fx.Graph) -> None:

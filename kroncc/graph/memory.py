@@ -105,7 +105,10 @@ class Memory:
         weights = {name: _tracked(torch.empty_like(t, device="meta")) for name, t in _tensors(module)}
         kept: dict[int, torch.Tensor] = {}
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: given.get(one))
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(_storage(t), t), lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(_storage(t), t), lambda t: t
+        )
+        with torch.enable_grad(), hooks:
             result = functional_call(module, weights, args, kwargs)
         known = {_storage(value): operand for operand, value in given.items() if _is_tensor(value)}
         known |= {_storage(result): node} if _is_tensor(result) else {}

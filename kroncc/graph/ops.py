@@ -141,7 +141,8 @@ def _behaviour(module: nn.Module, result: torch.Tensor) -> Kind:
     settings = tuple(sorted((name, repr(value)) for name, value in vars(module).items() if _plain(value)))
     key = (type(module), settings, _static(result))
     if key not in _SEEN:
-        _SEEN[key] = _probe(module, _static(result))
+        with torch.device("cpu"):  # the caller may be building on meta
+            _SEEN[key] = _probe(module, _static(result))
     return _SEEN[key]
 
 
