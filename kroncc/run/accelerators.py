@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from kroncc.errors import RunError
 
 
 def make_accelerator(precision: str) -> Accelerator:
     """Return a fresh accelerator; `RunError` K815 where this machine cannot train in `precision`."""
+    state()
     # accelerate keeps one precision a process; the process group (PartialState) stays
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
@@ -18,7 +20,9 @@ def make_accelerator(precision: str) -> Accelerator:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     try:
         accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(precision, precision), kwargs_handlers=[unused]
+            mixed_precision={"fp32": "no"}.get(precision, precision),
+            cpu=_on_cpu(),
+            kwargs_handlers=[unused],
         )
     except ValueError as error:
         raise _unavailable(precision, str(error)) from error
@@ -35,11 +39,21 @@ def _unavailable(precision: str, why: str) -> RunError:
     )
 
 
+def state() -> PartialState:
+    """Return the group of processes that this one belongs to, joining it on the first call."""
+    return PartialState(cpu=_on_cpu())
+
+
 def is_main_process() -> bool:
     """Say whether this process is the one that writes and reports."""
-    return bool(PartialState().is_main_process)
+    return bool(state().is_main_process)
 
 
 def wait_for_everyone() -> None:
     """Wait until all processes have come here."""
-    PartialState().wait_for_everyone()
+    state().wait_for_everyone()
+
+
+def _on_cpu() -> bool:
+    # unless told so, accelerate does not join processes on a machine that has nothing but CPUs
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

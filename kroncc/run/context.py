@@ -1,7 +1,8 @@
-"""What the handlers of a run share: the plan, the store, the recipe's folder, and how to get a model or data."""
+"""What the handlers of a run share: the plan, the store, the recipe's folder, models and data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,12 @@ import yaml
 from transformers import PreTrainedModel
 
 from kroncc.errors import RunError
-from kroncc.model.load import load_dense, load_directory
+from kroncc.graph.capture import capture
+from kroncc.graph.model_graph import ModelGraph
+from kroncc.model.load import LABELLED, load_dense, load_directory, skeleton
 from kroncc.model.source import Origin, resolve, tokenizer_for
-from kroncc.plan.stages import ModelReport, Plan, Stage
+from kroncc.plan.stages import ModelReport, Plan
+from kroncc.recipe.names import BASE
 from kroncc.recipe.schema import Recipe
 from kroncc.run.batching import Batches
 from kroncc.run.data import SplitData, open_data
@@ -22,7 +26,6 @@ from kroncc.run.progress import Reporter
 from kroncc.run.store import RunStore
 from kroncc.run.tokens import tokenise
 
-BASE = "base"
 DEFAULT_TASK = "feature-extraction"
 
 
@@ -35,6 +38,7 @@ class Context:
     root: Path  # the folder of the recipe; its relative paths start here
     reporter: Reporter
     _data: dict[str, SplitData] = field(default_factory=dict)
+    _graphs: dict[tuple[Any, ...], ModelGraph] = field(default_factory=dict)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -77,6 +81,14 @@ class Context:
         wanted = labels if labels is not None else self.report(BASE).labels
         return load_dense(self.origin, self.task, wanted, seed)
 
+    def graph(self, model: PreTrainedModel, inputs: Sequence[str] | None = None) -> ModelGraph:
+        """Return the graph of a model that `load` gave; captured once for each number of labels."""
+        labels = model.config.num_labels if type(model).__name__.endswith(LABELLED) else None
+        key = (labels, inputs and tuple(inputs))
+        if key not in self._graphs:
+            self._graphs[key] = capture(skeleton(self.origin, self.task, labels), inputs)
+        return self._graphs[key].bind(model)
+
     def tokenizer(self, name: str) -> Any:
         """Return the tokenizer of a model."""
         return tokenizer_for(self.location(name))
@@ -111,8 +123,3 @@ class Context:
 def weight_bytes(directory: Path) -> int:
     """Return the size of a model's weight files, bytes."""
     return sum(size for name, size in files_in(directory).items() if name.endswith(".safetensors"))
-
-
-def stage_of(plan: Plan, name: str) -> Stage:
-    """Return a stage of the plan by name."""
-    return next(stage for stage in plan.stages if stage.name == name)

@@ -1,4 +1,4 @@
-"""Walk the plan: skip what is finished, hand each other stage to the handler of its kind, judge expectations."""
+"""Walk the plan: skip what is finished, hand the rest to the handlers, judge expectations early."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from kroncc.recipe.expect import parse_expectation
 from kroncc.run.accelerators import is_main_process, wait_for_everyone
 from kroncc.run.context import Context
 from kroncc.run.failures import explained
+from kroncc.run.files import writing
 from kroncc.run.handlers import HANDLERS, Outcome
 from kroncc.run.journal import Journal
 from kroncc.run.progress import JournalReporter, NullReporter, Reporter
@@ -42,9 +43,9 @@ def execute(
 ) -> RunResult:
     """Run `plan` in `directory` and return its values.
 
-    `recipe_root` is the folder that the recipe's relative paths start from. `until` names the last step to run;
-    `fresh` runs finished stages again, from their start. Under `accelerate launch` every process calls this;
-    one of them writes, and training is spread over all.
+    `recipe_root` is the folder that the recipe's relative paths start from. `until` names the last step to
+    run; `fresh` runs finished stages again, from their start. Under `accelerate launch` every process calls
+    this; one of them writes, and training is spread over all.
 
     Raises `RunError`: K801 directory in use, K802-K804 not writable, K810 interrupted, K813 out of memory,
     K820 an expectation is unmet, K821 one that cannot be judged; and what the stages raise.
@@ -70,7 +71,8 @@ def _opened(store: RunStore, plan: Plan, reporter: Reporter) -> Iterator[Reporte
         return
     with store.locked():
         store.write_plan(plan)
-        journal = store.open_journal()
+        with writing(store.directory):
+            journal = Journal(store.journal)
         journal.write("run_started", plan=plan.name, versions=plan.versions)
         wait_for_everyone()
         try:
@@ -96,6 +98,7 @@ class _Run:
             self.values[f"{name}.params"] = report.params
             self.values[f"{name}.bytes"] = report.bytes
             self.values[f"{name}.flops"] = report.flops.total
+            self.values[f"{name}.flops.total"] = report.flops.total
             self.values[f"{name}.flops.linear"] = report.flops.linear
 
     def stage(self, stage: Stage) -> None:
@@ -112,9 +115,8 @@ class _Run:
             reporter.stage_finished(stage.name, record.values, record.seconds)
             self.finished.append(stage.name)
         for name, value in record.values.items():
-            self.values.setdefault(
-                name, value
-            )  # of two evaluations of one model, the first gives the short name
+            # of two evaluations of one model and metric, the first gives the short name
+            self.values.setdefault(name, value)
 
     def judge(self, last: bool = False) -> None:
         """Raise K820 for expectations that the known values break, K821 at the end for unknown ones."""
@@ -168,6 +170,3 @@ def _record(stage: Stage, outcome: Outcome, seconds: float) -> StageRecord:
         model=outcome.model,
         model_files=outcome.model_files,
     )
-
-
-__all__ = ["Journal", "RunResult", "execute"]

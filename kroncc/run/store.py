@@ -128,6 +128,8 @@ class RunStore:
             replace_directory(staged, self.step(record.name))
             for leftover in (self.checkpoints(record.name), self.cache(record.name)):
                 shutil.rmtree(leftover, ignore_errors=True)
+                with suppress(OSError):
+                    leftover.parent.rmdir()  # unless another step's are there
         return record
 
     @property

@@ -1,7 +1,7 @@
 """What a frozen teacher says of every row, kept on disk, so that later epochs need no teacher.
 
-One flat file a tap and layer, read through a memory map: a vector a row for `logits` and `sentence`, a vector a
-token for `embeddings`, `hidden`, `ffn.output` and the like, without padding (rows meet other rows in every
+One flat file a tap and layer, read through a memory map: a vector a row for `logits` and `sentence`, a vector
+a token for `embeddings`, `hidden`, `ffn.output` and the like, without padding (rows meet other rows in every
 epoch). Values of another form (attention scores) are not cached, and neither is more than `LIMIT` bytes: then
 the teacher runs in every step, as without a cache. The whole cache is made before the first step.
 """
@@ -129,7 +129,10 @@ def build_cache(
         staged = directory.with_name(TEMPORARY + directory.name)
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
-        _fill(staged, entries, teacher, source, batches, taps, counts)
+        why = _fill(staged, entries, teacher, source, batches, taps, counts)
+        if why is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+            return why
         meta = {"key": key, "entries": [vars(entry) for entry in entries]}
         (staged / META).write_text(json.dumps(meta))
         replace_directory(staged, directory)
@@ -161,13 +164,16 @@ def _fill(
     batches: Sequence[Sequence[int]],
     taps: Sequence[str],
     lengths: Ints,
-) -> None:
+) -> str | None:
+    """Store every row; return why that cannot be done, if so."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
     files = {entry: _open(directory, entry, lengths, "w+") for entry in entries}
     for rows in batches:
         values = _values(teacher(source.collate(rows)), taps)
         for entry, stored in files.items():
             value = _array(values[entry.tap][entry.layer])
+            if value.shape[-1] != entry.width:
+                return f"the width of {entry.tap} depends on the length"
             if not entry.tokens:
                 stored[list(rows)] = value
                 continue
@@ -175,6 +181,7 @@ def _fill(
                 stored[starts[row] : starts[row + 1]] = value[at, : lengths[row]]
     for stored in files.values():
         stored.flush()
+    return None
 
 
 def _open(directory: Path, entry: Entry, lengths: Ints, mode: Any) -> np.memmap[Any, Any]:

@@ -41,8 +41,8 @@ class TrainJob:
     `objective(batch, taught, progress)` returns the scalar loss, a mean over the rows of the batch, and the
     values of its terms by name; it holds everything that trains: the student and whatever its losses need.
     `teacher(accelerator)` makes the function that says what the objective gets as `taught`, from the row
-    numbers (None for rows of `validation`) and the batch; it runs without gradients. `tree` is the model whose
-    modules are asked for `set_progress`, `penalty` and `finalise`. `validation` gives the rows of
+    numbers (None for rows of `validation`) and the batch; it runs without gradients. `tree` is the model
+    whose modules are asked for `set_progress` and `finalise`. `validation` gives the rows of
     `evaluate_every`.
     """
 

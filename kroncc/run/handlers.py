@@ -1,0 +1,168 @@
+"""What each kind of stage does. A handler writes the step's files into `path` and returns its numbers.
+
+Under `accelerate launch` every process calls the handler; `path` is None in all but the main one, and only
+training does work there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
+
+from kroncc.errors import RunError
+from kroncc.model.replay import structure_of
+from kroncc.model.save import save_model, write_model
+from kroncc.model.structure import Structure
+from kroncc.plan.stages import Stage, StageKind
+from kroncc.recipe.names import BASE
+from kroncc.recipe.schema import Compress, Distill, Evaluate, Export, Finetune, Training
+from kroncc.rewrite.pipeline import compress_graph
+from kroncc.run.context import Context, weight_bytes
+from kroncc.run.evaluate import evaluate
+from kroncc.run.files import files_in
+from kroncc.run.lessons import lesson
+from kroncc.run.train import train
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a handler made: values by name (`MODEL.metric`), details for the record, a model elsewhere."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    model_files: dict[str, int] = field(default_factory=dict)
+
+
+Handler = Callable[[Context, Stage, Path | None], Outcome]
+
+
+def rewrite(context: Context, stage: Stage, path: Path | None) -> Outcome:
+    """Run the passes of a compress step on real weights; K824 if they do not give what the plan promised."""
+    if path is None:
+        return Outcome()
+    action = Compress.model_validate(stage.options)
+    model = context.load(action.model)
+    set_seed(stage.seed)
+    done = compress_graph(context.graph(model), action.passes, seed=stage.seed)
+    structure = structure_of(model) + done.structure
+    if structure != context.report(stage.name).structure:
+        raise RunError(
+            f"step {stage.name!r}: the passes gave another structure on real weights than the plan promised",
+            code="K824",
+            remedy="plan the recipe again; if it stays, a pass reads values where it resolves its options",
+        )
+    skipped = [vars(site) for site in done.skipped]
+    return _written(context, stage, path, action.model, model, structure, {"skipped": skipped})
+
+
+def trained(context: Context, stage: Stage, path: Path | None) -> Outcome:
+    """Run a finetune or distill step, from its last checkpoint where there is one."""
+    action: Training
+    if "student" in stage.options:
+        action = Distill.model_validate(stage.options)
+        source = action.student
+    else:
+        action = Finetune.model_validate(stage.options)
+        source = action.model
+    set_seed(stage.seed)
+    model, job = lesson(context, stage, action)
+    result = train(job, context.reporter)
+    if path is None:
+        return Outcome()
+    details = {
+        "steps": result.steps,
+        "loss": result.loss,
+        "resumed_from": result.resumed_from,
+        "training_seconds": result.seconds,
+        "curve": result.curve,
+    }
+    return _written(context, stage, path, source, model, structure_of(model), details)
+
+
+def evaluated(context: Context, stage: Stage, path: Path | None) -> Outcome:
+    """Measure models; a value is called `MODEL.metric`, and `STEP.MODEL.metric` as well."""
+    if path is None:
+        return Outcome()
+    measured = evaluate(context, Evaluate.model_validate(stage.options))
+    values: dict[str, float] = {}
+    for model, figures in measured.items():
+        for metric, value in figures.items():
+            values[f"{model}.{metric}"] = value
+            values[f"{stage.name}.{model}.{metric}"] = value
+    _write_json(path / "report.json", {"name": stage.name, "kind": "evaluate", "models": measured})
+    return Outcome(values)
+
+
+def exported(context: Context, stage: Stage, path: Path | None) -> Outcome:
+    """Write a model as a Hugging Face directory: the step's own, or `to`, relative to the recipe's folder."""
+    if path is None:
+        return Outcome()
+    action = Export.model_validate(stage.options)
+    model = context.load(action.model)
+    structure = structure_of(model)
+    if action.to is None:
+        return _written(context, stage, path, action.model, model, structure, {}, action.dtype)
+    target = (context.root / action.to).absolute()
+    extra = _texts(context, stage, {})
+    save_model(model, target, structure, context.location(action.model), action.dtype, extra)
+    for name, text in extra.items():
+        (path / name).write_text(text, encoding="utf-8")
+    return Outcome(
+        {f"{stage.name}.disk": weight_bytes(target)}, {}, model=str(target), model_files=files_in(target)
+    )
+
+
+HANDLERS: Mapping[StageKind, Handler] = {
+    "rewrite": rewrite,
+    "train": trained,
+    "evaluate": evaluated,
+    "export": exported,
+}
+
+
+def _written(
+    context: Context,
+    stage: Stage,
+    path: Path,
+    source: str,
+    model: PreTrainedModel,
+    structure: Structure,
+    details: Mapping[str, Any],
+    dtype: str | None = None,
+) -> Outcome:
+    """Write a model with all that lies beside it; `source` is the model whose tokenizer it keeps."""
+    origin = context.location(source)
+    write_model(model, path, structure, origin, dtype, _texts(context, stage, details))
+    values = {f"{stage.name}.disk": float(weight_bytes(path))}
+    if source == BASE:
+        values[f"{BASE}.disk"] = float(weight_bytes(origin))
+    return Outcome(values, {key: value for key, value in details.items() if key != "curve"})
+
+
+def _texts(context: Context, stage: Stage, details: Mapping[str, Any]) -> dict[str, str]:
+    report = context.report(stage.name)
+    facts = {
+        "name": stage.name,
+        "kind": stage.kind,
+        "params": report.params,
+        "bytes": report.bytes,
+        "flops": report.flops.model_dump(),
+        "labels": report.labels,
+        **details,
+    }
+    return {"recipe.yaml": context.recipe_text(), "report.json": _json(facts)}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(_json(value), encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
