@@ -52,6 +52,23 @@ SIZES: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 64, "vocab_size": 100}
     | SPECIAL
     | {"decoder_start_token_id": 0},
+    "bart": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "vocab_size": 100,
+        "max_position_embeddings": 40,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+        **SPECIAL,
+    },
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64}
+    | {"vocab_size": 100, "max_position_embeddings": 40, "window_size": 4, **SPECIAL}
+    | {"attention_types": [[["global", "local"], 1]]},
     "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
     | {"vocab_size": 100, "max_position_embeddings": 40, "word_embed_proj_dim": 32, **SPECIAL},
 }
@@ -72,6 +89,7 @@ def _inputs(names: Any, batch: int = 4, length: int = 9, seed: int = 0) -> dict[
     """Return random inputs for the names; the attention mask pads the tail of every second row."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, 100, (batch, length), generator=generator)
+    tokens[:, length // 2 - 1] = 2  # one end of sentence, which some heads look for
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[::2, length // 2 :] = 0
     made = {

@@ -30,8 +30,8 @@ def capture(
     """Return the graph of `model`, with symbolic batch and length, bound to the model's own modules.
 
     `model` is a transformers model on meta or with weights. `inputs` names the inputs to trace with, or gives
-    example tensors for inputs of no standard shape (dimension 0 is the batch; dimension 1 of integer inputs is
-    a length); the default is what the model's tokenizer or image processor gives. Raises CaptureError.
+    example tensors for inputs of no standard shape (dimension 0 is the batch; dimension 1 of integer inputs
+    is a length); the default is what the model's tokenizer or image processor gives. Raises CaptureError.
     """
     traced = trace(model, example_inputs(model, inputs))
     graph, constants = lift(traced)
@@ -73,7 +73,7 @@ def _name_outputs(traced: Trace, graph: fx.Graph) -> None:
 
 
 def _name_regions(traced: Trace, graph: fx.Graph) -> Extras:
-    """Make a module of each sub-graph that the exporter keeps for code under `no_grad`; return them by name."""
+    """Make a module of each sub-graph that the exporter keeps for code under `no_grad`."""
     regions: Extras = {}
     for node in graph.find_nodes(op="call_function", target=wrap_with_set_grad_enabled, sort=True):
         enabled, body, *operands = node.args

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def fold_leaves(trace: Trace, graph: fx.Graph) -> None:
-    """Replace the nodes of each call of a leaf module by one `call_module`, if it is one tensor in, one out."""
+    """Replace the nodes of each call of a leaf module, one tensor in, one out, by one `call_module`."""
     groups: dict[str, list[fx.Node]] = defaultdict(list)
     owners: dict[str, str] = {}
     for node in graph.nodes:

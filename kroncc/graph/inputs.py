@@ -12,7 +12,7 @@ from torch.export import Dim
 from kroncc.errors import CaptureError, did_you_mean
 
 BATCH, LENGTH, TARGET_LENGTH = 3, 10, 7  # sizes of the examples: none is 1, and no two are equal
-TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "bbox"}
+TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "bbox", "inputs_embeds"}
 TARGETS = {"decoder_input_ids", "decoder_attention_mask"}
 
 
@@ -90,7 +90,7 @@ def _check_names(model: Any, names: Iterable[str]) -> None:
 
 
 def _example(model: Any, name: str) -> torch.Tensor:
-    if name in TOKENS:
+    if name in TOKENS - {"inputs_embeds"}:
         shape: tuple[int, ...] = (BATCH, LENGTH, 4) if name == "bbox" else (BATCH, LENGTH)
         return torch.zeros(shape, dtype=torch.long, device="meta")
     if name in TARGETS:
@@ -112,9 +112,9 @@ def _image_shape(config: Any) -> tuple[int, int, int]:
 
 
 def dynamic_shapes(examples: Mapping[str, torch.Tensor]) -> dict[str, dict[int, Any]]:
-    """Return which dimensions are symbolic: the batch, and the length of token inputs."""
+    """Return which dimensions are symbolic: the batch, and the length of token and integer inputs."""
     shapes: dict[str, dict[int, Any]] = {}
     for name, value in examples.items():
-        tokens = value.dim() >= 2 and not value.is_floating_point()
+        tokens = value.dim() >= 2 and (name in TOKENS or not value.is_floating_point())
         shapes[name] = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if tokens else {0: Dim.DYNAMIC}
     return shapes

@@ -20,8 +20,8 @@ class ModelGraph:
     `module` is the graph view: call it with keyword inputs, it returns a dict from output name to tensor.
     `model` is the tree view and holds the same sub-module objects. `extras` exist in the graph view only, by
     name: attention and dropout that the source calls as functions, regions under `no_grad`, constant tensors.
-    `dtype` is the floating dtype that the graph was traced in; `limits` are the largest sizes it holds for, by
-    name (`length`, ...), where there are any.
+    `dtype` is the floating dtype that the graph was traced in; `limits` are the largest sizes it holds for,
+    by name (`length`, ...), where there are any.
     """
 
     def __init__(

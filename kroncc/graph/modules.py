@@ -13,8 +13,8 @@ class Attention(nn.Module):
     """Scaled dot-product attention as a module, the same bits as the function it stands for.
 
     Takes q `(..., L, d)`, k `(..., S, d)`, v `(..., S, dv)` and an optional mask that broadcasts to
-    `(..., L, S)` (bool: True takes part; float: added to the scores); returns `(..., L, dv)`. `dropout_p` acts
-    in training only.
+    `(..., L, S)` (bool: True takes part; float: added to the scores); returns `(..., L, dv)`. `dropout_p`
+    acts in training only.
     """
 
     def __init__(

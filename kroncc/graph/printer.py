@@ -99,12 +99,9 @@ class _Printer:
         )
         if node.op == "output":
             return f"return {given}"
-        what = {
-            "placeholder": lambda: "input",
-            "get_attr": lambda: "tensor",
-            "call_module": lambda: f"{describe(self.mg.get(str(node.target)))}({given})",
-            "call_function": lambda: f"{_function(node)}({given})",
-        }[node.op]()
+        what = {"placeholder": "input", "get_attr": "tensor"}.get(node.op, f"{_function(node)}({given})")
+        if node.op == "call_module":
+            what = f"{describe(self.mg.get(str(node.target)))}({given})"
         shape = self.shape(node.meta.get("val"))
         return f"  {_local(self.names[node], section)} = {what}" + (f" -> {shape}" if shape else "")
 

@@ -159,6 +159,6 @@ def _diagnose(error: Exception) -> tuple[str, str]:
         return "K301", BRANCH
     if isinstance(error, ConstraintViolationError) or "Constraints violated" in text:
         return "K302", "the module fixes a batch or a length: make its shapes follow its input"
-    if isinstance(error, TypeError | KeyError) or "You have to specify" in text:
+    if isinstance(error, TypeError | KeyError) or "specify" in text:
         return "K303", GIVE_INPUTS
     return "K300", f"mend the module, or {GIVE_INPUTS}"
