@@ -31,6 +31,7 @@ from kroncc.recipe.schema import (
     inputs_of,
 )
 from kroncc.run.data import open_data
+from kroncc.run.sources import is_hub
 
 KINDS: dict[type[Action], StageKind] = {
     Compress: "rewrite",
@@ -55,11 +56,12 @@ class DataFacts:
 def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
     """Return the plan of a recipe; every mistake that can be found without weights is raised here.
 
-    With `offline`, a model or data that cannot be read is noted as unread (`sources` holds None) instead of
-    raising; such a plan shows shapes and costs, and cannot be run until they are there.
+    With `offline`, what cannot be read is noted as unread (`sources` holds None) instead of raising: data of
+    the hub, files that are not there, a model whose `config` is given. Such a plan shows shapes and costs,
+    and cannot be run.
     """
     recipe, root = loaded.recipe, loaded.path.parent
-    origin = resolve(recipe.model, root)
+    origin = resolve(recipe.model, root, cached=offline and recipe.model.config is not None)
     lengths = [spec.max_length for spec in recipe.data.values()]
     models = Models(origin, recipe.model.task or DEFAULT_TASK, max(lengths, default=DEFAULT_LENGTH))
     with _at(loaded, "model"):
@@ -122,6 +124,8 @@ def _at(loaded: Loaded, path: str) -> Iterator[None]:
 
 
 def _data_facts(loaded: Loaded, name: str, spec: DataSpec, offline: bool) -> DataFacts | None:
+    if offline and is_hub(spec):
+        return None
     try:
         with _at(loaded, f"data.{name}"):
             data = open_data(spec, name, loaded.path.parent)

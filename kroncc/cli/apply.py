@@ -49,9 +49,10 @@ def _plan(path: Path, overrides: tuple[str, ...]) -> tuple[Plan, Path]:
     from kroncc.errors import PlanError
     from kroncc.plan.saved import check_fresh, read_plan
     from kroncc.recipe.loader import load_recipe
+    from kroncc.rewrite.registry import schemas
 
     if path.suffix != ".json":
-        loaded = load_recipe(path, overrides=overrides)
+        loaded = load_recipe(path, overrides=overrides, passes=schemas())
         return compile_recipe(loaded), loaded.path.parent
     if overrides:
         raise PlanError(
@@ -65,6 +66,6 @@ def _plan(path: Path, overrides: tuple[str, ...]) -> tuple[Plan, Path]:
             code="K715",
             remedy="a plan is checked against its recipe before it runs; put it back or plan again",
         )
-    loaded = load_recipe(recipe, overrides=saved.overrides)
+    loaded = load_recipe(recipe, overrides=saved.overrides, passes=schemas())
     check_fresh(saved, compile_recipe(loaded))
     return saved, loaded.path.parent

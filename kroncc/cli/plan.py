@@ -32,8 +32,9 @@ def plan(
     with quiet_libraries():
         from kroncc.compiler import compile_recipe
         from kroncc.recipe.loader import load_recipe
+        from kroncc.rewrite.registry import schemas
 
-        loaded = load_recipe(recipe, overrides=tuple(overrides or ()))
+        loaded = load_recipe(recipe, overrides=tuple(overrides or ()), passes=schemas())
         compiled = compile_recipe(loaded, offline=dry_run)
     _show(compiled, format_)
     if dry_run:

@@ -71,17 +71,18 @@ class Origin:
         return directory
 
 
-def resolve(spec: ModelSpec, root: Path) -> Origin:
+def resolve(spec: ModelSpec, root: Path, *, cached: bool = False) -> Origin:
     """Find the model of a recipe whose file lies in `root`; `ModelError` says what is missing and what to do.
 
     No weight is read: of a hub model only the small files are fetched, of a directory the headers of the
-    weight files are checked. Where the source is out of reach and `config` is given, the config stands in.
+    weight files are checked. Where the source is out of reach and `config` is given, the config stands in;
+    with `cached` the hub itself counts as out of reach, and only what was downloaded before is used.
     """
     written = None if spec.config is None else config_from(spec.config)
     if spec.source is None:
         return Origin(written, trust_remote_code=spec.trust_remote_code)
     try:
-        origin = _find(spec, spec.source, root)
+        origin = _find(spec, spec.source, root, cached)
     except Unreachable:
         if written is None:
             raise
@@ -146,7 +147,7 @@ class Unreachable(ModelError):
     default_code = "K501"
 
 
-def _find(spec: ModelSpec, source: str, root: Path) -> Origin:
+def _find(spec: ModelSpec, source: str, root: Path, cached: bool) -> Origin:
     """Return the origin of a source that is within reach."""
     trust = spec.trust_remote_code
     if source.startswith(PACKAGE):
@@ -160,7 +161,7 @@ def _find(spec: ModelSpec, source: str, root: Path) -> Origin:
     looks_local = source.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(source)
     if looks_local:
         raise Unreachable(f"no model directory {directory}", path="model.source", remedy=_other_ways())
-    snapshot = _download(source, spec.revision, _patterns(trust, weights=False))
+    snapshot = _download(source, spec.revision, _patterns(trust, weights=False), cached)
     config = read_config(snapshot, trust_remote_code=trust)
     return Origin(config, id=source, revision=snapshot.name, trust_remote_code=trust)
 
@@ -200,11 +201,13 @@ def _patterns(trust_remote_code: bool, weights: bool) -> list[str]:
     return [*SMALL_FILES, *(["*.py"] if trust_remote_code else []), *(WEIGHTS if weights else [])]
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str], cached: bool = False) -> Path:
     """Return the local snapshot of a hub model with the files that match `patterns`."""
     at = f" at revision {revision!r}" if revision else ""
     try:
-        path = snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=10)
+        path = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, etag_timeout=10, local_files_only=cached
+        )
     except Exception as error:  # the hub's own errors, and those of whatever transport lies below
         reason = " ".join(str(error).split())[:200]
         raise Unreachable(

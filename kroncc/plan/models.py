@@ -13,7 +13,7 @@ from kroncc.model.replay import replay, without_resized
 from kroncc.model.source import Origin
 from kroncc.model.structure import Structure
 from kroncc.plan.check import check_distill
-from kroncc.plan.stages import Flops, ModelReport, ModuleRow, Side, SkippedRow
+from kroncc.plan.stages import Flops, ModelReport, ModuleRow, Side, SkippedRow, content_hash
 from kroncc.recipe.schema import Action, Compress, Distill, Evaluate, Export, Finetune, inputs_of
 from kroncc.rewrite.pipeline import SkippedSite, compress_graph
 
@@ -29,6 +29,7 @@ class Models:
     length: int
     reports: dict[str, ModelReport] = field(default_factory=dict)
     _dense: dict[int | None, ModelGraph] = field(default_factory=dict)
+    _checked: set[str] = field(default_factory=set)  # distillations of a kind are checked once
 
     def dense(self, labels: int | None) -> ModelGraph:
         """Return the graph of the dense model with `labels` labels; captured once."""
@@ -77,6 +78,12 @@ class Models:
 
     def _check(self, action: Distill, student: ModelReport) -> None:
         teacher = self.reports[action.teacher]
+        asked = action.model_dump(include={"losses", "copy_from_teacher", "freeze"})
+        pair = [(side.structure.model_dump(), side.labels) for side in (student, teacher)]
+        key = content_hash([asked, pair])
+        if key in self._checked:
+            return
+        self._checked.add(key)
         check_distill(
             action,
             self.rebuilt(student.structure, student.labels),

@@ -50,6 +50,11 @@ def find_files(spec: DataSpec, name: str, root: Path) -> dict[str, list[Path]]:
     return found
 
 
+def is_hub(spec: DataSpec) -> bool:
+    """Return whether a data set comes from the hub."""
+    return spec.source not in (*FILE_SOURCES, *BUILTIN_SOURCES)
+
+
 def check_source(spec: DataSpec, name: str) -> None:
     """Refuse a source whose options do not go together, before anything is read."""
     if spec.source.startswith("builtin:") and spec.source not in BUILTIN_SOURCES:
