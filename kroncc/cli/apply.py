@@ -29,8 +29,7 @@ def apply(
     from kroncc.quiet import quiet_libraries
 
     with quiet_libraries():
-        from rich.console import Console
-
+        from kroncc.cli.console import console
         from kroncc.cli.reporter import ConsoleReporter
         from kroncc.report.tables import closing_table
         from kroncc.run.executor import execute
@@ -38,9 +37,9 @@ def apply(
         plan, root = _plan(recipe, tuple(overrides or ()))
         directory = output or Path("runs") / plan.name
         result = execute(plan, directory, root, until=until, fresh=fresh, reporter=ConsoleReporter())
-        console = Console()
-        console.print(closing_table(plan, result.values))
-        console.print(f"results: {directory}")
+        out = console()
+        out.print(closing_table(plan, result.values))
+        out.print(f"results: {directory}")
 
 
 def _plan(path: Path, overrides: tuple[str, ...]) -> tuple[Plan, Path]:

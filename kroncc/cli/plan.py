@@ -50,8 +50,7 @@ def plan(
 
 
 def _show(compiled: object, format_: str) -> None:
-    from rich.console import Console
-
+    from kroncc.cli.console import console
     from kroncc.plan.render import mermaid, render
     from kroncc.plan.stages import Plan
 
@@ -61,4 +60,4 @@ def _show(compiled: object, format_: str) -> None:
     elif format_ == "mermaid":
         typer.echo(mermaid(compiled), nl=False)
     else:
-        Console().print(render(compiled))
+        console().print(render(compiled))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,13 @@ def human(value: float) -> str:
         if abs(value) >= scale:
             return f"{value / scale:.2f} {unit}"
     return f"{value:g}"
+
+
+def plain_table(title: str, *, show_footer: bool = False) -> Table:
+    """Return an empty table in the one style of kroncc."""
+    return Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=show_footer, pad_edge=False
+    )
 
 
 @dataclass(frozen=True)
@@ -59,17 +67,19 @@ def _span(texts: Sequence[str]) -> str:
 
 def module_table(title: str, report: ModelReport, base: ModelReport) -> Table:
     """Return the table of one model: every module with parameters, before and after."""
-    table = Table(title=title, title_justify="left", show_footer=True)
-    ratio = base.params / report.params if report.params else 0.0
+    ratio = f"{base.params / report.params:.2f}x smaller" if report.params else ""
+    table = plain_table(title, show_footer=True)
     table.add_column("module", footer="total", overflow="fold")
     table.add_column("role", overflow="fold")
-    table.add_column("n", justify="right")
-    table.add_column("before -> after", overflow="fold")
-    table.add_column(
-        "parameters", justify="right", footer=f"{base.params:,} -> {report.params:,} ({ratio:.2f}x)"
-    )
-    flops = f"{human(base.flops.total)} -> {human(report.flops.total)}"
-    table.add_column("FLOPs", justify="right", footer=flops)
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("before -> after", footer=ratio, overflow="fold")
+    for heading, footer in (
+        ("parameters", f"{base.params:,}"),
+        ("after", f"{report.params:,}"),
+        ("FLOPs", human(base.flops.total)),
+        ("after", human(report.flops.total)),
+    ):
+        table.add_column(heading, justify="right", no_wrap=True, footer=footer)
     for group in fold(row for row in report.modules if row.before.params or row.after.params):
         table.add_row(*_module_cells(group))
     return table
@@ -78,15 +88,21 @@ def module_table(title: str, report: ModelReport, base: ModelReport) -> Table:
 def _module_cells(group: Folded) -> tuple[str, ...]:
     before, after = group.row.before, group.row.after
     changed = bool(group.row.passes)
-    shape = f"{before.shape} -> {after.shape}" if changed else before.shape
-    params = f"{before.params:,} -> {after.params:,}" if changed else f"{before.params:,}"
-    flops = f"{human(before.flops)} -> {human(after.flops)}" if changed else human(before.flops)
-    return group.name, group.row.role, str(group.count), shape, params, flops if before.flops else ""
+    return (
+        group.name,
+        group.row.role,
+        str(group.count),
+        f"{before.shape} -> {after.shape}" if changed else before.shape,
+        f"{before.params:,}",
+        f"{after.params:,}" if changed else "",
+        human(before.flops) if before.flops else "",
+        human(after.flops) if changed and after.flops else "",
+    )
 
 
 def skipped_table(rows: Sequence[SkippedRow]) -> Table:
     """Return the table of modules that a target matched and a pass left alone."""
-    table = Table(title="skipped", title_justify="left")
+    table = plain_table("skipped")
     for column in ("module", "pass", "reason"):
         table.add_column(column, overflow="fold")
     groups: dict[tuple[str, str, str], list[str]] = {}
@@ -99,7 +115,7 @@ def skipped_table(rows: Sequence[SkippedRow]) -> Table:
 
 def stage_table(plan: Plan) -> Table:
     """Return the table of stages with what they wait for and what they cost."""
-    table = Table(title="stages", title_justify="left")
+    table = plain_table("stages")
     for column, justify in (("stage", "left"), ("kind", "left"), ("needs", "left"), ("steps", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("FLOPs", justify="right")

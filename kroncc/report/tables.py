@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from kroncc.plan.render import human
+from kroncc.plan.render import human, plain_table
 from kroncc.plan.stages import ModelReport, Plan
 from kroncc.recipe.names import COSTS
 
@@ -18,7 +18,7 @@ def closing_table(plan: Plan, values: Mapping[str, float]) -> Table:
     """Return a table with one row a model: sizes, FLOPs and every metric in `values` (`MODEL.metric`)."""
     measured = {name: _metrics(name, values) for name in plan.models}
     metrics = list(dict.fromkeys(metric for row in measured.values() for metric in row))
-    table = Table(title=f"{plan.name}: result ({plan.length} tokens, batch 1)", title_justify="left")
+    table = plain_table(f"{plan.name}: result ({plan.length} tokens, batch 1)")
     table.add_column("model")
     for column in ("parameters", "bytes on disk", "FLOPs", *(_heading(metric) for metric in metrics)):
         table.add_column(column, justify="right")

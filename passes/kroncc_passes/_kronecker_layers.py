@@ -66,6 +66,11 @@ class KroneckerFactors(nn.Module):
             twin = KroneckerEmbedding(self.a, self.b, self.scale, getattr(module, "padding_idx", None))
         return twin.train(module.training)
 
+    def shape_text(self) -> str:
+        """Return the shapes for the plan: `384x384 (x) 2x2`, with the number of terms where it is not one."""
+        a, b = ("x".join(map(str, factor.shape[1:])) for factor in (self.a, self.b))
+        return f"{a} (x) {b}" if self.rank == 1 else f"{self.rank} of {a} (x) {b}"
+
     def extra_repr(self) -> str:
         """Return the shapes for `print`."""
         a, b = ("x".join(map(str, factor.shape[1:])) for factor in (self.a, self.b))
