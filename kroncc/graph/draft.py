@@ -14,7 +14,8 @@ from kroncc.graph.attention import ExplicitAttention
 from kroncc.graph.flow import AttentionFlow, find_flow
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.modules import Attention
-from kroncc.graph.ops import is_in_place, module_of, value_of
+from kroncc.graph.ops import module_of, value_of
+from kroncc.graph.storage import sweep
 from kroncc.graph.walk import only
 
 NAMED = ("embeddings", "hidden", "ffn.output", "attention.scores", "attention.probs", "logits", "sentence")
@@ -56,7 +57,7 @@ class Draft:
     def read(self, tap: str) -> list[fx.Node]:
         """Return the nodes of this copy that hold a tap's values, in order. Raises `PlanError` K710, K711."""
         if tap not in NAMED:
-            return [self._kept(self.copies[node]) for node in self._module_outputs(tap)]
+            return [self._kept(node) for node in self._module_outputs(tap)]
         origins = self._origins(tap)
         if not origins:
             raise self._missing(tap)
@@ -65,14 +66,14 @@ class Draft:
         if tap.startswith("attention."):
             place = 0 if tap == "attention.scores" else 1
             return [self._attention(one)[place] for one in self._attentions()]
-        return [self._kept(self.copies[node]) for node in origins]
+        return [self._kept(node) for node in origins]
 
     def close(self, values: Mapping[str, Sequence[fx.Node]], outputs: bool) -> fx.GraphModule:
         """Return the finished module: it gives a pair (outputs by name, lists of tap values by name)."""
         self.graph.output(
             (self.outputs if outputs else {}, {tap: list(nodes) for tap, nodes in values.items()})
         )
-        _sweep(self.graph)
+        sweep(self.graph)
         self.graph.lint()
         return ModelGraph(self.graph, self.mg.model, self.extras, self.mg.dtype).module
 
@@ -138,9 +139,10 @@ class Draft:
                     groups.setdefault(key, []).append(node)
         return list(groups.values())
 
-    def _kept(self, node: fx.Node) -> fx.Node:
-        """Return the node, or a copy of its value where a later node writes into it."""
-        if not any(is_in_place(user) and user.args[0] is node for user in node.users):
+    def _kept(self, origin: fx.Node) -> fx.Node:
+        """Return the node's copy, or a clone of its value where a later node writes into it."""
+        node = self.copies[origin]
+        if not self.flow.walker.storage.written_after(origin):
             return node
         return self._after(node, torch.ops.aten.clone.default, (node,), value_of(node))
 
@@ -170,11 +172,11 @@ class Draft:
         """Read what the source computes itself; its heads may be folded into the batch."""
         assert one.scores is not None
         assert one.probs is not None
-        scores, probs = self._kept(self.copies[one.scores]), self.copies[one.probs]
+        scores, probs = self._kept(one.scores), self._kept(one.probs)
         given, wanted = value_of(scores), value_of(probs)
         if given is not None and wanted is not None and given.dim() != wanted.dim():
             scores = self._after(probs, torch.Tensor.reshape_as, (scores, probs), wanted)
-        return scores, self._kept(probs)
+        return scores, probs
 
     def _unfused(self, one: AttentionFlow) -> tuple[fx.Node, fx.Node]:
         """Replace a fused attention by explicit maths; return its scores and probabilities."""
@@ -202,13 +204,3 @@ def _leaving(nodes: list[fx.Node]) -> fx.Node | None:
     return only(
         node for node in leaving if (value := value_of(node)) is not None and value.is_floating_point()
     )
-
-
-def _sweep(graph: fx.Graph) -> None:
-    """Erase what no output needs; a write into a value that something else reads is needed."""
-    for node in reversed(graph.nodes):
-        if node.op in ("placeholder", "output") or node.users:
-            continue
-        if is_in_place(node) and len(node.all_input_nodes[0].users) > 1:
-            continue
-        graph.erase_node(node)

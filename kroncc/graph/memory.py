@@ -9,13 +9,17 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from kroncc.graph.flops import Counter
-from kroncc.graph.ops import NONLINEAR, PRODUCTS, SHAPE, SOFTMAX, op_name, tensor_inputs, value_of
-from kroncc.graph.walk import Walker
-
-COPIES = frozenset(
-    {"contiguous", "clone", "cat", "stack", "repeat", "repeat_interleave", "tile", "roll", "_to_copy"}
+from kroncc.graph.ops import (
+    NONLINEAR,
+    PRODUCTS,
+    SOFTMAX,
+    VIEWS,
+    is_in_place,
+    op_name,
+    tensor_inputs,
+    value_of,
 )
-VIEWS = SHAPE - COPIES
+from kroncc.graph.walk import Walker
 
 
 class Memory:
@@ -73,7 +77,7 @@ class Memory:
             return True
         given, result = value_of(source), value_of(node)
         same = given is None or result is None or given.dtype == result.dtype
-        return op_name(node) in VIEWS and same
+        return (op_name(node) in VIEWS or is_in_place(node)) and same
 
     def _trains(self, node: fx.Node) -> bool:
         value = value_of(node)

@@ -27,6 +27,7 @@ SHAPE = _words(
     split_with_sizes chunk unbind getitem cat stack dropout
     """
 )
+VIEWS = SHAPE - _words("contiguous clone cat stack repeat repeat_interleave tile roll _to_copy dropout")
 ARITHMETIC = frozenset({"neg", "mul", "div", "true_divide", "add", "sub", "rsub"})
 STATISTICS = _words(
     """
@@ -64,11 +65,7 @@ def op_name(node: fx.Node) -> str:
 
 def is_in_place(node: fx.Node) -> bool:
     """Say whether the node writes into its first operand."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    name = target.overloadpacket.__name__
-    return name.endswith("_") and not name.startswith("_")
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def module_of(node: fx.Node) -> nn.Module | None:

@@ -61,8 +61,11 @@ def with_taps(mg: ModelGraph, taps: Sequence[str], *, outputs: bool = True) -> T
     Raises `PlanError` K710 (no such tap), K711 (the model has no such value).
     """
     draft = Draft(mg)
-    values = {tap: draft.read(tap) for tap in dict.fromkeys(taps)}
-    return Tapped(draft.close(values, outputs))
+    # Attention first: reading it replaces the fused node, which another tap may name.
+    values = {
+        tap: draft.read(tap) for tap in sorted(set(taps), key=lambda tap: not tap.startswith("attention."))
+    }
+    return Tapped(draft.close({tap: values[tap] for tap in taps}, outputs))
 
 
 def tap_names(mg: ModelGraph) -> list[str]:

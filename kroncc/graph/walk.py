@@ -22,6 +22,7 @@ from kroncc.graph.ops import (
     tensor_inputs,
     value_of,
 )
+from kroncc.graph.storage import BUFFERS, Storage
 
 SUMS = frozenset({"add", "sub", "rsub"})
 Feeds = frozenset[tuple[fx.Node, bool]]
@@ -45,10 +46,11 @@ class Walker:
         self.nodes = list(graph.nodes)
         self.order = {node: place for place, node in enumerate(self.nodes)}
         self.kinds: dict[fx.Node, Kind] = {n: kind_of(n) for n in self.nodes if n.op == "call_module"}
+        self.storage = Storage(self.nodes)
         self._above: dict[fx.Node, int] = {}
         for node in self.nodes:
             above = 0
-            for operand in node.all_input_nodes:
+            for operand in (*node.all_input_nodes, *self.storage.written_before(node)):
                 above |= self._above[operand] | 1 << self.order[operand]
             self._above[node] = above
 
@@ -65,8 +67,11 @@ class Walker:
         return node is on or bool(self._above[node] >> self.order[on] & 1)
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
-        """Return the operands that are tensors; in a sum or product, no parameters and no single numbers."""
-        found = tensor_inputs(node)
+        """Return the operands that are tensors; in a sum or product, no parameters and no single numbers.
+
+        Of an empty buffer, these are the values that are written into it.
+        """
+        found = tensor_inputs(node) + self.storage.filled_by(node)
         if op_name(node) not in ARITHMETIC:
             return found
         return [operand for operand in found if operand.op != "get_attr" and not _is_number(operand)]
@@ -104,7 +109,7 @@ class Walker:
         return self._through(node, SHAPE | ARITHMETIC | NONLINEAR, {"identity", "norm", "elementwise"})
 
     def _through(self, node: fx.Node, ops: frozenset[str], kinds: set[Kind]) -> bool:
-        return op_name(node) in ops or self.kind(node) in kinds
+        return op_name(node) in ops | BUFFERS or self.kind(node) in kinds
 
     def downstream(self, node: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
         """Yield what takes `node`, in graph order, going on through nodes that `passes` admits."""

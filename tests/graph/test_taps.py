@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from kroncc.errors import PlanError
 from kroncc.graph.attention import ExplicitAttention
 from kroncc.graph.capture import capture
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.modules import Attention
+from kroncc.graph.roles import Role, find_roles
 from kroncc.graph.taps import Tapped, tap_names, tap_shapes, with_taps
 
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -209,6 +211,40 @@ def test_fqn_of_a_shared_module_and_of_a_container(tiny: Callable[..., Any], inp
         taps = with_taps(mg, [layer, f"{layer}.ffn", "hidden"]).eval()(**inputs_for(mg.inputs)).taps
     assert [tuple(value.shape) for value in taps[f"{layer}.ffn"]] == [(4, 9, 64)] * 2
     _close(taps[layer], taps["hidden"], 0.0)
+
+
+def test_keys_written_into_an_empty_buffer(inputs_for: Any) -> None:
+    """Multi-head latent attention fills its keys slice by slice, in place."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    ranks = {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+    config = transformers.DeepseekV3Config(
+        vocab_size=100,
+        intermediate_size=64,
+        first_k_dense_replace=2,
+        max_position_embeddings=40,
+        **sizes,
+        **ranks,
+    )
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM._from_config(config).eval()
+    mg = capture(model)
+    inputs = inputs_for(mg.inputs)
+    eager = _eager(model, inputs)
+    with torch.no_grad():
+        taps = with_taps(mg, ["attention.probs", "hidden"], outputs=False).eval()(**inputs).taps
+    _close(taps["hidden"], list(eager.hidden_states[1:]))
+    _close(taps["attention.probs"], list(eager.attentions))
+    roles = find_roles(mg)
+    attention = "model.layers.1.self_attn"
+    assert roles[f"{attention}.q_b_proj"] == Role("attention.q", 1)
+    assert roles[f"{attention}.kv_b_proj"] == Role("attention.qkv", 1)  # keys and values
+    assert roles[f"{attention}.kv_a_proj_with_mqa"] == Role("attention.k", 1)  # the rotary part of keys
 
 
 def test_encoder_and_decoder(tiny: Callable[..., Any], inputs_for: Any) -> None:
