@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def _graph(*, read_after: bool) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    """Build: a buffer, a value copied into its first two rows, and an output that reads it before or after."""
+    """Build: a buffer, a value copied into a view of it, and an output that reads it before or after."""
     graph = fx.Graph()
     value = torch.zeros(2, 3)
 
