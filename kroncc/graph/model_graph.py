@@ -45,10 +45,10 @@ class ModelGraph:
         self.extras = extras
         self.dtype = dtype
         self.module = _graph_module(graph, model, extras)
-        for extra in extras.values():
-            if isinstance(extra, nn.Module):
-                extra.train(model.training)
-        self.module.training = model.training
+        shared = set(model.modules())
+        for part in self.module.modules():
+            if part not in shared:
+                part.training = model.training
 
     @property
     def graph(self) -> fx.Graph:

@@ -55,6 +55,8 @@ def describe(module: nn.Module) -> str:
         return f"{kind}({module.p:g})"
     if isinstance(module, nn.LayerNorm):
         return f"{kind}({', '.join(map(str, module.normalized_shape))}, eps={module.eps:g})"
+    if isinstance(module, fx.GraphModule):
+        return f"[{', '.join(_function(node) for node in module.graph.nodes if node.op == 'call_function')}]"
     inner = [f"{name}={describe(child)}" for name, child in module.named_children()]
     return f"{kind}({', '.join([part for part in [module.extra_repr()] if part] + inner)})"
 

@@ -27,11 +27,12 @@ class Rewriter:
 
         The new module takes over the old one's training mode. Nothing is changed if one of them does not fit.
         Raises PassError: K430 no such module, K431 its parameters are read from outside, K432 it fails on the
-        shapes of the site, K433 other shapes or dtype come out.
+        shapes of the site, K433 other shapes or dtype come out, K435 its parameters have another dtype.
         """
         swaps = {fqn: module, **(tied or {})}
         for name, new in swaps.items():
             self._check_place(name)
+            self._check_dtype(name, new)
             self._check_calls(name, new)
         for name, new in swaps.items():
             self._put(name, new)
@@ -53,6 +54,16 @@ class Rewriter:
                     expected="a module whose parameters only its own forward reads",
                     remedy="exclude this module",
                 )
+
+    def _check_dtype(self, fqn: str, module: nn.Module) -> None:
+        old, new = _dtypes(self.mg.model.get_submodule(fqn)), _dtypes(module)
+        if old and new and not old & new:  # meta tensors of two dtypes multiply without complaint
+            raise PassError(
+                f"{self.by} puts {type(module).__name__} at {fqn!r}, which holds {' and '.join(sorted(new))}",
+                code="K435",
+                expected=f"parameters in {' or '.join(sorted(old))}",
+                remedy="make the new parameters in the dtype of the old ones",
+            )
 
     def _check_calls(self, fqn: str, module: nn.Module) -> None:
         for node in self.mg.calls(fqn):
@@ -118,6 +129,10 @@ class Rewriter:
         """Return one more value from the graph, under `name`."""
         self.mg.graph.output_node().args = ({**self.mg.outputs, name: node},)
         self.mg.module.recompile()
+
+
+def _dtypes(module: nn.Module) -> set[str]:
+    return {str(parameter.dtype) for parameter in module.parameters() if parameter.is_floating_point()}
 
 
 def _set(root: nn.Module, fqn: str, module: nn.Module) -> None:
