@@ -111,13 +111,26 @@ class Context:
             self.recipe.data[data],
             self.store.directory / "data",
             task=self.task,
-            positions=getattr(model.config, "max_position_embeddings", None),
+            positions=positions_of(model),
         )
         return Batches(tokens, tokenizer, self.task, size, seed=seed or 0, shuffle=seed is not None)
 
     def recipe_text(self) -> str:
         """Return the resolved recipe as YAML."""
         return yaml.safe_dump(self.plan.recipe, sort_keys=False, allow_unicode=True)
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Return the longest sequence that a model takes, tokens; None where its config sets no bound.
+
+    RoBERTa and its kin count positions from one after the padding's; the rows before are never used.
+    """
+    rows = getattr(model.config, "max_position_embeddings", None)
+    if rows is None:
+        return None
+    tables = (part for name, part in model.named_modules() if name.endswith("position_embeddings"))
+    paddings = [getattr(table, "padding_idx", None) for table in tables]
+    return int(rows) - max((padding + 1 for padding in paddings if padding is not None), default=0)
 
 
 def weight_bytes(directory: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,10 +79,13 @@ def _opened(store: RunStore, plan: Plan, reporter: Reporter) -> Iterator[Reporte
             yield JournalReporter(reporter, journal)
             journal.write("run_finished")
         except BaseException as error:
-            journal.write("run_failed", error=f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # a full disk must not hide what went wrong
+                journal.write("run_failed", error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            journal.close()
+            reporter.close()
+            with suppress(OSError):
+                journal.close()
 
 
 @dataclass
@@ -112,7 +115,7 @@ class _Run:
         else:
             reporter.stage_started(stage.name, stage.kind, stage.steps)
             record = self._work(stage)
-            reporter.stage_finished(stage.name, record.values, record.seconds)
+            reporter.stage_finished(stage.name, _short(record), record.seconds)
             self.finished.append(stage.name)
         for name, value in record.values.items():
             # of two evaluations of one model and metric, the first gives the short name
@@ -157,6 +160,12 @@ class _Run:
                 remedy="plan the recipe again with this version",
             )
         return handler(self.context, stage, path)
+
+
+def _short(record: StageRecord) -> dict[str, float]:
+    """Return the values without those that repeat another under the name of an evaluate step."""
+    repeats = f"{record.name}." if record.kind == "evaluate" else "\0"
+    return {name: value for name, value in record.values.items() if not name.startswith(repeats)}
 
 
 def _record(stage: Stage, outcome: Outcome, seconds: float) -> StageRecord:

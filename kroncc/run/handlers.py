@@ -81,6 +81,7 @@ def trained(context: Context, stage: Stage, path: Path | None) -> Outcome:
         "loss": result.loss,
         "resumed_from": result.resumed_from,
         "training_seconds": result.seconds,
+        "peak_bytes": result.peak_bytes,
         "curve": result.curve,
     }
     return _written(context, stage, path, source, model, structure_of(model), details)

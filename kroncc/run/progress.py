@@ -50,6 +50,9 @@ class Reporter(Protocol):
     def message(self, text: str) -> None:
         """Something the user should know."""
 
+    def close(self) -> None:
+        """The run is over, well or not."""
+
 
 class NullReporter:
     """Says nothing."""
@@ -67,6 +70,9 @@ class NullReporter:
         """Say nothing."""
 
     def message(self, text: str) -> None:
+        """Say nothing."""
+
+    def close(self) -> None:
         """Say nothing."""
 
 
@@ -106,6 +112,10 @@ class JournalReporter:
         """Record and pass on."""
         self._journal.write("message", text=text)
         self._inner.message(text)
+
+    def close(self) -> None:
+        """Pass on."""
+        self._inner.close()
 
 
 def peak_memory() -> int:

@@ -60,11 +60,12 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did: optimiser steps, seconds, the last losses' mean, the curve, and where it resumed."""
+    """What training did: optimiser steps, seconds, mean of the last losses, memory, curve, where it resumed."""
 
     steps: int
     seconds: float
     loss: float
+    peak_bytes: int
     curve: list[dict[str, Any]] = field(default_factory=list)
     resumed_from: int = 0
 
@@ -132,7 +133,13 @@ class _Loop:
             if stop:
                 raise self._interrupted(item.step)
         mean = sum(self.recent) / len(self.recent) if self.recent else math.nan
-        return TrainResult(self.total, self.spent, mean, self.curve, resumed)
+        return TrainResult(self.total, self.spent, mean, self._peak(), self.curve, resumed)
+
+    def _peak(self) -> int:
+        """Return the largest memory so far, of the GPU where training runs on one; bytes."""
+        if self.accelerator.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.accelerator.device))
+        return peak_memory()
 
     def _resume(self) -> int:
         position = self.checkpoints.restore()
@@ -211,9 +218,7 @@ class _Loop:
         if step % every == 0 or step in (1, self.total):
             self.curve.append({"step": step, **losses, "learning_rate": rate})
         left = (self.total - step) * item.rows / speed
-        cuda = self.accelerator.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.accelerator.device) if cuda else peak_memory()
-        self.reporter.step(self.job.stage, Step(step, self.total, loss, rate, speed, left, peak))
+        self.reporter.step(self.job.stage, Step(step, self.total, loss, rate, speed, left, self._peak()))
 
     def _validate(self, step: int) -> None:
         every, source = self.options.evaluate_every, self.job.validation
