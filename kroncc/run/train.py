@@ -60,7 +60,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did: optimiser steps, seconds, mean of the last losses, memory, curve, where it resumed."""
+    """What training did: optimiser steps, seconds, last losses' mean, memory, curve, resumption."""
 
     steps: int
     seconds: float
