@@ -112,9 +112,14 @@ class RunError(KronccError):
     default_code = "K800"
 
 
+_COMPARED = 500
+
+
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
     """Return up to `count` names of `valid` that resemble `name`, best first."""
     pool = list(valid)
+    if len(pool) > _COMPARED:  # comparing is slow; of very many names, those that start alike are enough
+        pool = [candidate for candidate in pool if candidate[:1] == name[:1]][:_COMPARED]
     close = difflib.get_close_matches(name, pool, n=count, cutoff=0.5)
     return close or [candidate for candidate in pool if name and name in candidate][:count]
 

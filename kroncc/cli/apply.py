@@ -55,14 +55,14 @@ def _plan(path: Path, overrides: tuple[str, ...]) -> tuple[Plan, Path]:
         return compile_recipe(loaded), loaded.path.parent
     if overrides:
         raise PlanError(
-            "a saved plan takes no --set", code="K714", remedy="apply the recipe, or plan it again"
+            "a saved plan takes no --set", code="K724", remedy="apply the recipe, or plan it again"
         )
     saved = read_plan(path)
     recipe = path.parent / saved.file if saved.file else None
     if recipe is None or not recipe.exists():
         raise PlanError(
             f"the recipe of this plan is gone: {saved.file}",
-            code="K715",
+            code="K725",
             remedy="a plan is checked against its recipe before it runs; put it back or plan again",
         )
     loaded = load_recipe(recipe, overrides=saved.overrides, passes=schemas())

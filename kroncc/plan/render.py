@@ -80,7 +80,7 @@ def module_table(title: str, report: ModelReport, base: ModelReport) -> Table:
         ("after", human(report.flops.total)),
     ):
         table.add_column(heading, justify="right", no_wrap=True, footer=footer)
-    for group in fold(row for row in report.modules if row.before.params or row.after.params):
+    for group in fold(row for row in report.modules if row.before.params or row.before.flops):
         table.add_row(*_module_cells(group))
     return table
 

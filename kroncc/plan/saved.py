@@ -20,12 +20,12 @@ def read_plan(path: Path) -> Plan:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PlanError(f"cannot read the plan {path}: {error}", code="K710") from error
+        raise PlanError(f"cannot read the plan {path}: {error}", code="K720") from error
     version = value.get("kroncc") if isinstance(value, dict) else None
     if version != 1:
         raise PlanError(
             f"{path} is not a plan of this version",
-            code="K711",
+            code="K721",
             expected='"kroncc": 1',
             remedy="make it again with `kroncc plan RECIPE -o plan.json`, or upgrade kroncc",
         )
@@ -34,7 +34,7 @@ def read_plan(path: Path) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise PlanError(f"{path} is damaged at {where}: {first['msg']}", code="K712") from error
+        raise PlanError(f"{path} is damaged at {where}: {first['msg']}", code="K722") from error
 
 
 def differences(saved: Any, current: Any, path: str = "") -> Iterator[str]:
@@ -63,7 +63,7 @@ def check_fresh(saved: Plan, current: Plan) -> None:
     more = f"\n  ... and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     raise PlanError(
         "the saved plan no longer holds; changed since:\n  " + "\n  ".join(changed[:_SHOWN]) + more,
-        code="K713",
+        code="K723",
         remedy="make the plan again with `kroncc plan RECIPE -o plan.json`, or apply the recipe itself",
     )
 

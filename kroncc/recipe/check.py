@@ -21,7 +21,7 @@ from kroncc.recipe.expect import Expectation, parse_expectation
 from kroncc.recipe.node import Path
 from kroncc.recipe.targets import parse_target
 
-MAKERS = ("compress", "finetune", "distill")
+MAKERS = ("compress", "finetune", "distill", "export")
 MODEL_KEYS = ("model", "student", "teacher", "models", "against")
 Body = Mapping[str, Any]
 
@@ -249,6 +249,8 @@ def _check_unused(draft: Draft, templates: Mapping[str, str], expectations: Sequ
     makers = _makers(draft)
     last = templates.get(makers[-1]) if makers else None
     for name in makers if not known & {"K160", "K172"} else ():
+        if draft.bodies[name][0] == "export":
+            continue
         if name not in used and templates.get(name) != last:
             message, remedy = (
                 f"nothing uses step {name!r}",

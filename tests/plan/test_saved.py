@@ -30,7 +30,7 @@ def test_the_same_plan_gives_the_same_bytes():
 
 
 @pytest.mark.parametrize(
-    ("text", "code"), [("{", "K710"), ("[]", "K711"), ('{"kroncc": 2}', "K711"), ('{"kroncc": 1}', "K712")]
+    ("text", "code"), [("{", "K720"), ("[]", "K721"), ('{"kroncc": 2}', "K721"), ('{"kroncc": 1}', "K722")]
 )
 def test_what_is_no_plan_is_refused(tmp_path, text, code):
     path = tmp_path / "plan.json"
