@@ -20,28 +20,30 @@ Shape = tuple[int, int]
 
 GRAM_SIDE = 512  # up to this short side of R, the Gram matrix and its eigenvectors are cheapest
 CHUNK = 1 << 22  # elements of R held in float64 at a time: 32 MiB
-TOLERANCE = 3e-6  # of the attained residual: what a longer iteration may still take off it
+TOLERANCE = 5e-6  # of the attained residual: what a longer iteration may still take off it
 FLOOR = 1e-12  # energy share below which a remaining gain counts as none
-BLOCK = 16  # columns a Krylov step; fewer cost the same memory traffic and converge later
+CACHED = 1 << 20  # elements of R that stay in the cache between two products
+BLOCK = 8  # vectors of a Krylov step come in such numbers: fewer take about as long
 
 
 def nearest_product(weight: Tensor, a: Shape, b: Shape, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return A [rank, m1, n1] and B [rank, m2, n2], their sum of products nearest to `weight` [m1 m2, n1 n2].
 
     Nearest in the Frobenius norm; the relative error is within 1e-5 of the optimum. Each factor takes the
-    square root of its singular value; the largest entry of the factor with fewer entries is positive. The
-    factors are float32 (float64 for a float64 weight): what they are stored in is the caller's choice.
+    square root of its singular value; the largest entry of the smaller factor (B where they are equal) is
+    positive. The factors are float32 (float64 for a float64 weight): what they are stored in is the caller's
+    choice.
     Raises PassError K425 if the weight is not finite.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rearranged = rearrange(weight.detach(), a, b)
-    a_is_short = math.prod(a) <= math.prod(b)
+    a_is_short = math.prod(a) < math.prod(b)
     if not a_is_short:
         rearranged = rearranged.permute(2, 3, 0, 1)
-    basis = _leading_vectors(rearranged, rank, seed)  # [short, rank]
+    basis, rows = _leading_vectors(rearranged, rank, seed)
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    basis = basis * torch.where(largest < 0, -1.0, 1.0)
-    rows = torch.cat([basis.T @ block for block in _blocks(rearranged, torch.float64)], dim=1)
+    sign = torch.where(largest < 0, -1.0, 1.0)
+    basis, rows = basis * sign, rows * sign.T
     root = torch.linalg.vector_norm(rows, dim=1).sqrt().unsqueeze(1)  # sqrt(s)
     short = (basis.T * root).to(dtype)
     long = torch.where(root > 0, rows / root, 0.0).to(dtype)
@@ -54,70 +56,101 @@ def rearrange(weight: Tensor, a: Shape, b: Shape) -> Tensor:
     return weight.reshape(a[0], b[0], a[1], b[1]).permute(0, 2, 1, 3)
 
 
-def _blocks(rearranged: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield R [short, long] in column blocks of about CHUNK elements."""
+def _leading_vectors(rearranged: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return U [short, rank], orthonormal and spanning the leading left singular space of R, and U^T R."""
+    short = rearranged.shape[0] * rearranged.shape[1]
+    if short <= GRAM_SIDE or 8 * _width(rank) > short:
+        return _by_gram(rearranged, rank)
+    for dtype in (torch.float32, torch.float64):
+        if dtype == torch.float32 and rearranged.dtype == torch.float64:
+            continue
+        matrix = _flat(rearranged.permute(2, 3, 0, 1), dtype)  # R^T
+        basis = _krylov(matrix, rank, seed)
+        if basis is not None:
+            return basis.T.double(), (basis @ matrix.T).double()
+    return _by_gram(rearranged, rank)
+
+
+def _by_gram(rearranged: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Use the eigenvectors of R R^T, all in float64: squaring costs half the digits."""
+    gram = sum((block @ block.T for block in _blocks(rearranged)), start=torch.zeros(()))
+    _require_finite(gram.diagonal().sum().item())
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    return vectors, torch.cat([vectors.T @ block for block in _blocks(rearranged)], dim=1)
+
+
+def _blocks(rearranged: Tensor) -> Iterator[Tensor]:
+    """Yield R [short, long] in float64, in column blocks of about CHUNK elements."""
     s1, s2, l1, l2 = rearranged.shape
     step = max(1, CHUNK // (s1 * s2 * l2))
     for start in range(0, l1, step):
-        part = rearranged[:, :, start : start + step]
-        # One copy both permutes and converts; flattening first would permute element by element.
-        block = torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
-        yield block.view(s1 * s2, part.shape[2] * l2)
+        yield _flat(rearranged[:, :, start : start + step], torch.float64)
 
 
-def _leading_vectors(rearranged: Tensor, rank: int, seed: int) -> Tensor:
-    """Return `rank` orthonormal columns [short, rank], float64: the leading left singular space of R."""
-    short = rearranged.shape[0] * rearranged.shape[1]
-    if short > GRAM_SIDE and 8 * (rank + BLOCK) < short:
-        exact = rearranged.dtype == torch.float64
-        for dtype in (torch.float64,) if exact else (torch.float32, torch.float64):
-            basis = _krylov(torch.cat(list(_blocks(rearranged, dtype)), dim=1), rank, seed)
-            if basis is not None:
-                return basis
-    return _gram_vectors(rearranged, rank)
-
-
-def _gram_vectors(rearranged: Tensor, rank: int) -> Tensor:
-    """Return the leading eigenvectors of R R^T, summed in float64: squaring costs half the digits."""
-    gram = sum((block @ block.T for block in _blocks(rearranged, torch.float64)), start=torch.zeros(()))
-    _require_finite(gram.diagonal().sum().item())
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
-    return vectors[:, -rank:].flip(1)
+def _flat(rearranged: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the two halves of the axes flattened, in `dtype`: permuted and converted in one copy."""
+    flat = torch.empty(rearranged.shape, dtype=dtype, device=rearranged.device).copy_(rearranged)
+    return flat.flatten(2).flatten(0, 1)
 
 
 def _krylov(matrix: Tensor, rank: int, seed: int) -> Tensor | None:
-    """Return `rank` leading left singular vectors [short, rank] of `matrix` [short, long], or None.
+    """Return `rank` leading right singular vectors [rank, short] of `matrix` [long, short], or None.
 
     None means that this precision cannot measure so small a residual, or that the space grew to half the
     short side before it settled.
     """
-    short = matrix.shape[0]
-    energy = torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2
+    short = matrix.shape[1]
+    energy = torch.linalg.vector_norm(matrix).item() ** 2
     _require_finite(energy)
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(rank + BLOCK, short, generator=generator).to(matrix)
+    start = torch.randn(_width(rank), short, generator=generator).to(matrix)
     block = torch.linalg.qr(start.T).Q.T
-    space = images = matrix.new_empty(0, short)  # rows: the space, and R R^T of it
+    space = images = matrix.new_empty(0, short)  # rows: the space, and its image under R R^T
+    projected = matrix.new_empty(0, 0)  # space R R^T space^T
     gained = [0.0, 0.0]
     while space.shape[0] + block.shape[0] <= short // 2:
-        image = (block @ matrix) @ matrix.T
+        image = _image(block, matrix)
         space, images = torch.cat([space, block]), torch.cat([images, image])
-        vectors, captured, bound = _rayleigh_ritz(space, images, rank)
+        projected = _bordered(projected, block @ images.T)
+        vectors, captured, bound = _rayleigh_ritz(space, images, projected, rank)
         residual = energy - captured
         if matrix.dtype == torch.float32 and residual < 0.1 * energy:
             return None
         gained.append(captured)
         if _settled(gained, bound, residual, energy):
-            basis: Tensor = torch.linalg.qr(vectors.T.double()).Q
+            basis: Tensor = torch.linalg.qr(vectors.T).Q.T
             return basis
         block = _orthonormal(image, space)
     return None
 
 
-def _rayleigh_ritz(space: Tensor, images: Tensor, rank: int) -> tuple[Tensor, float, float]:
+def _image(block: Tensor, matrix: Tensor) -> Tensor:
+    """Return block M^T M for M = `matrix`, part by part: the second product then finds M in the cache."""
+    image = torch.zeros_like(block)
+    for part in torch.split(matrix, max(1, CACHED // matrix.shape[1])):
+        image.addmm_(block @ part.T, part)
+    return image
+
+
+def _width(rank: int) -> int:
+    """Return the vectors of a step: at least 7 more than asked for, so that the last ones settle too."""
+    return -(-(rank + 7) // BLOCK) * BLOCK
+
+
+def _bordered(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Return the symmetric matrix that `matrix` begins and whose last rows are `rows`."""
+    size = matrix.shape[0]
+    grown = torch.nn.functional.pad(matrix, (0, rows.shape[0], 0, rows.shape[0]))
+    grown[size:] = rows
+    grown[:, size:] = rows.T
+    return grown
+
+
+def _rayleigh_ritz(
+    space: Tensor, images: Tensor, projected: Tensor, rank: int
+) -> tuple[Tensor, float, float]:
     """Return the leading Ritz vectors [rank, short], the energy they hold, and a bound on what they miss."""
-    projected = (space @ images.T).double()
-    values, coefficients = torch.linalg.eigh((projected + projected.T) / 2)
+    values, coefficients = torch.linalg.eigh(projected.double())
     values, coefficients = values.flip(0), coefficients.flip(1)[:, :rank].T.to(space.dtype)
     vectors = coefficients @ space
     miss = coefficients @ images - values[:rank, None].to(space.dtype) * vectors
@@ -130,15 +163,14 @@ def _rayleigh_ritz(space: Tensor, images: Tensor, rank: int) -> tuple[Tensor, fl
 def _settled(gained: list[float], bound: float, residual: float, energy: float) -> bool:
     """Say whether more steps would change the attained residual by less than TOLERANCE of itself.
 
-    `bound` overstates what is missing where the spectrum is flat; there the gains of the last two steps,
-    continued as a geometric series, tell more.
+    `bound` overstates what is missing where the spectrum is flat; there the last two gains, continued as a
+    geometric series, tell more, and the bound only guards against a pause.
     """
     allowed = max(2 * TOLERANCE * residual, FLOOR * energy)  # twice: errors are roots of energies
-    if bound <= allowed:
-        return True
     last, before = gained[-1] - gained[-2], gained[-2] - gained[-3]
     ratio = min(max(last / before, 0.0), 0.95) if before > 0 else 0.95
-    return len(gained) > 4 and bound <= 15 * allowed and last * ratio / (1 - ratio) <= allowed
+    to_come = last * ratio / (1 - ratio) if len(gained) > 4 else math.inf
+    return bound <= allowed or (bound <= 4 * allowed and to_come <= allowed)
 
 
 def _orthonormal(block: Tensor, space: Tensor) -> Tensor:

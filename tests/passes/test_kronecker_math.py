@@ -149,7 +149,7 @@ def test_same_seed_same_bits_and_fixed_sign(side):
     first, second = (nearest_product(weight, shape, shape, 2, seed=7) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
-    flat = first[0].flatten(1)
+    flat = first[1].flatten(1)  # of the smaller factor, B where they are equal
     assert (flat.gather(1, flat.abs().argmax(1, keepdim=True)) > 0).all()
 
 

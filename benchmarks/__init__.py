@@ -1,0 +1,1 @@
+"""Measurements whose figures the docs quote: `python -m benchmarks NAME`."""
