@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 from torch import nn
 
-from kroncc.errors import PassError, did_you_mean
+from kroncc.errors import KronccError, PassError, did_you_mean
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.rewriter import Rewriter
 from kroncc.graph.roles import Role, find_roles, module_infos
@@ -61,7 +61,7 @@ def compress_graph(graph: ModelGraph, calls: Sequence[PassCall], *, seed: int = 
         try:
             applied = list(_apply_call(graph, call, seed))
             verify(graph)
-        except PassError as error:
+        except KronccError as error:
             raise _placed(error, f"passes[{index}].{call.name}") from error
         skipped += [outcome for outcome in applied if isinstance(outcome, SkippedSite)]
         structure += _group(outcome for outcome in applied if isinstance(outcome, Applied))
@@ -139,10 +139,10 @@ def _group(applied: Iterable[Applied]) -> Structure:
     )
 
 
-def _placed(error: PassError, where: str) -> PassError:
+def _placed(error: KronccError, where: str) -> KronccError:
     """Return `error` with the place in the step prefixed to each problem's path."""
     problems = [
         replace(problem, path=f"{where}.{problem.path}" if problem.path else where)
         for problem in error.problems
     ]
-    return PassError(problems=problems)
+    return type(error)(problems=problems)
