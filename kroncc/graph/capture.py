@@ -16,7 +16,7 @@ from kroncc.graph.lift import innermost, lift, stack_of
 from kroncc.graph.model_graph import Extras, ModelGraph, copy_graph
 from kroncc.graph.modules import Region
 from kroncc.graph.symbolic import unify, upper_limits
-from kroncc.graph.trace import Trace, trace
+from kroncc.graph.trace import Trace, place, trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +114,7 @@ def _refuse_chance(graph: fx.Graph) -> None:
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
             raise CaptureError(
-                f"module {innermost(node)!r} draws random numbers ({target}) in its own forward",
+                f"{place(innermost(node))} draws random numbers ({target}) in its own forward",
                 code="K308",
                 expected="randomness in dropout or in a module of its own only",
                 remedy="switch it off in the config, or move it into a sub-module",

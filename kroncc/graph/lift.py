@@ -13,7 +13,7 @@ from torch.fx.node import map_aggregate
 
 from kroncc.errors import CaptureError
 from kroncc.graph.model_graph import copy_graph
-from kroncc.graph.trace import Trace
+from kroncc.graph.trace import Trace, place
 
 NO_STACK = "_empty_nn_module_stack_from_metadata_hook"
 ASSERTIONS = ("_assert", "sym_constrain_range")
@@ -78,7 +78,7 @@ def _constant(value: Any, target: str) -> torch.Tensor:
     if isinstance(value, torch.Tensor) and not value.is_meta:
         return value
     raise CaptureError(
-        f"module {target.rpartition('.')[0]!r} makes a tensor from Python values on the device of its input",
+        f"{place(target.rpartition('.')[0])} makes a tensor from Python values on the device of its input",
         code="K304",
         expected="tensors made by torch.full, torch.arange or a registered buffer",
         remedy="the values are lost on meta: mend the module",
@@ -100,7 +100,7 @@ def _runtime_device(graph: fx.Graph) -> None:
     inputs = [n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
     if not inputs:
         raise CaptureError(
-            f"module {innermost(baked[0])!r} makes tensors where no input says on which device",
+            f"{place(innermost(baked[0]))} makes tensors where no input says on which device",
             code="K305",
             expected="at least one tensor input",
             remedy="mend the module: give it a tensor to take the device from",

@@ -95,6 +95,9 @@ class _KeepConstants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.new_tensor:
+            like, args = args[0], args[1:]
+            func, kwargs = torch.tensor, {"dtype": like.dtype, "device": like.device, **kwargs}
         device = kwargs.get("device")
         if (
             func not in (torch.tensor, torch.as_tensor)
@@ -123,6 +126,11 @@ def _watched(model: nn.Module) -> Iterator[Calls]:
             handle.remove()
 
 
+def place(fqn: str) -> str:
+    """Return how messages call a module."""
+    return f"module {fqn!r}" if fqn else "the model's own forward"
+
+
 def trace(model: Any, examples: Mapping[str, torch.Tensor]) -> Trace:
     """Export a meta copy of `model` with symbolic batch and length. Raises CaptureError (K300 to K303)."""
     with quiet():
@@ -140,13 +148,12 @@ def trace(model: Any, examples: Mapping[str, torch.Tensor]) -> Trace:
 def _failure(model: nn.Module, calls: Calls, error: Exception) -> CaptureError:
     """Say in which module the trace stopped, why, and what to do."""
     where = calls.path[-1] if calls.path else ""
-    module = f"module {where!r}" if where else "the model's own forward"
     kind = type(model.get_submodule(where)).__name__ if where else type(model).__name__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     code, remedy = _diagnose(error)
     return CaptureError(
-        f"{type(model).__name__} cannot be captured: {module} ({kind}) failed with {cause}",
+        f"{type(model).__name__} cannot be captured: {place(where)} ({kind}) failed with {cause}",
         code=code,
         expected="a forward whose control flow depends on shapes and config only, for any batch and length",
         remedy=remedy,

@@ -314,6 +314,32 @@ class _Fixed(_Branching):
         return BaseModelOutput(last_hidden_state=self.embed(input_ids) + torch.ones(1, 10, 1, device="meta"))
 
 
+class _Constants(_Branching):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        x = self.embed(input_ids)
+        x = x * torch.tensor([1.0, 2.0] * 4, device=x.device) + x.new_tensor([0.5])
+        position = torch.tensor(3.0, device=x.device, dtype=x.dtype) + torch.arange(8, device=x.device)
+        return BaseModelOutput(last_hidden_state=x + position)
+
+
+def test_constants_keep_their_values() -> None:
+    model = _Constants(BertConfig(vocab_size=50)).eval()
+    mg = capture(model)
+    ids = torch.arange(6).reshape(2, 3)
+    inputs = {name: ids if name == "input_ids" else torch.ones_like(ids) for name in mg.inputs}
+    assert torch.equal(mg.module(**inputs)["last_hidden_state"], model(ids).last_hidden_state)
+
+
+def test_a_model_that_was_compressed_is_captured_as_its_architecture(tiny: Any, inputs_for: Any) -> None:
+    model = tiny("bert")
+    model.pooler.dense = torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.Linear(4, 32))
+    model.config.quantization_config = {"quant_method": "kroncc", "version": 1, "passes": []}
+    mg = capture(model)
+    inputs = inputs_for(mg.inputs)
+    assert torch.equal(mg.module(**inputs)["pooler_output"], model(**inputs).pooler_output)
+    assert mg.get("pooler.dense") is model.pooler.dense
+
+
 def _refused(model: Any, inputs: Any = None) -> Any:
     with pytest.raises(CaptureError) as caught:
         capture(model, inputs)
