@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kroncc.api import PassError, Site, Skip
-from kroncc.testing import assert_lossless, assert_rewrites, assert_skips
+from kroncc.testing import assert_lossless, assert_reloads, assert_rewrites, assert_skips
 from kroncc_passes.kronecker import Kronecker
 
 
@@ -337,6 +337,13 @@ class TestRefuses:
     def test_bad_options(self, options, match):
         with pytest.raises(ValidationError, match=match):
             Kronecker(**options)
+
+
+def test_a_language_model_keeps_its_tie_when_reloaded(tiny):
+    model = tiny("gpt2", "AutoModelForCausalLM")
+    loaded = assert_reloads("kronecker", {"b": [1, 8], "rank": 2}, ["transformer.wte"], model)
+    assert loaded.lm_head.a is loaded.transformer.wte.a
+    assert loaded.lm_head.b is loaded.transformer.wte.b
 
 
 def test_every_option_is_described_and_the_page_is_complete():
