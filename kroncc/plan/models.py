@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kroncc.errors import PlanError
 from kroncc.graph.capture import capture
 from kroncc.graph.cost import ModelCost, ModuleCost, model_cost
 from kroncc.graph.model_graph import ModelGraph
@@ -44,7 +45,15 @@ class Models:
         return self.dense(labels).bind(tree)
 
     def add_base(self, labels: int | None) -> None:
-        """Report the model as it came."""
+        """Report the model as it came; `PlanError` K730 if it takes no sequence of the planned length."""
+        longest = self.dense(labels).limits.get("length")
+        if longest is not None and self.length > longest:
+            raise PlanError(
+                f"max_length {self.length} is longer than the model's {longest} positions",
+                code="K730",
+                expected=f"max_length of {longest} or less in every data set",
+                remedy=f"set max_length: {longest}",
+            )
         structure = self.origin.structure
         graph = self.rebuilt(structure, labels)
         self.reports[BASE] = self._report(graph, labels, structure, ())

@@ -13,7 +13,7 @@ from kroncc.errors import KronccError, PassError, did_you_mean
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.rewriter import Rewriter
 from kroncc.graph.roles import Role, find_roles, module_infos
-from kroncc.graph.verify import verify
+from kroncc.graph.verify import structure_of, verify
 from kroncc.model.structure import AppliedPass, Structure
 from kroncc.recipe.schema import PassCall
 from kroncc.recipe.targets import select
@@ -59,8 +59,9 @@ def compress_graph(graph: ModelGraph, calls: Sequence[PassCall], *, seed: int = 
     skipped: list[SkippedSite] = []
     for index, call in enumerate(calls):
         try:
+            before = structure_of(graph)
             applied = list(_apply_call(graph, call, seed))
-            verify(graph)
+            verify(graph, before)
         except KronccError as error:
             raise _placed(error, f"passes[{index}].{call.name}") from error
         skipped += [outcome for outcome in applied if isinstance(outcome, SkippedSite)]
@@ -89,7 +90,7 @@ def _apply_call(graph: ModelGraph, call: PassCall, seed: int) -> Iterator[Applie
     if not isinstance(pass_, SitePass):
         raise PassError(f"pass {call.name!r} is not a pass over sites", code="K403")
     roles = find_roles(graph)
-    rewriter = Rewriter(graph)
+    rewriter = Rewriter(graph, by=call.name)
     done: set[str] = set()
     for fqn in select(call.scope, module_infos(graph)):
         if fqn in done:
@@ -100,8 +101,7 @@ def _apply_call(graph: ModelGraph, call: PassCall, seed: int) -> Iterator[Applie
         if isinstance(outcome, Skip):
             yield SkippedSite(site.fqn, call.name, outcome.reason)
             continue
-        for name, module in {site.fqn: outcome.module, **outcome.partners}.items():
-            rewriter.swap(name, module)
+        rewriter.swap(site.fqn, outcome.module, outcome.partners)
         yield Applied(site.fqn, outcome.options)
 
 
