@@ -24,7 +24,10 @@ def layer_params(plan: Plan, layer: int) -> int:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("recipe", "params", "layer", "giga"),
-    [("kroneckerbert-8.yaml", 14_655_754, 894_768, 5.492), ("kroneckerbert-21.yaml", 5_229_810, 231_360, 1.416)],
+    [
+        ("kroneckerbert-8.yaml", 14_655_754, 894_768, 5.492),
+        ("kroneckerbert-21.yaml", 5_229_810, 231_360, 1.416),
+    ],
 )
 def test_kroneckerbert_has_the_sizes_of_the_paper(recipe, params, layer, giga):
     plan = planned(recipe)

@@ -12,7 +12,7 @@ from kroncc.plan.stages import Stage
 
 def order(needs: Mapping[str, Iterable[str]]) -> list[str]:
     """Return the names of `needs` so that each comes after all it needs; ties keep the given order."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(needs)
     graph.add_edges_from((before, name) for name, befores in needs.items() for before in befores)
     rank = {name: index for index, name in enumerate(needs)}

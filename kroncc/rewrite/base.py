@@ -53,7 +53,7 @@ class SitePass(Pass):
 
     accepts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
-    def resolve(self, site: Site) -> Self | Skip:
+    def resolve(self, site: Site) -> Self | Skip:  # noqa: ARG002  (subclasses read it)
         """Return this pass with all options explicit for `site`, or a `Skip` with the reason."""
         return self
 

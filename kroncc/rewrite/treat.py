@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -43,12 +43,13 @@ def treat(pass_: SitePass, site: Site, partners: Mapping[str, nn.Module]) -> Tre
         ) from error
     if isinstance(module, Skip):
         return module
-    if partners and not hasattr(module, "tied_to"):
+    tied_to: Callable[[nn.Module], nn.Module] | None = getattr(module, "tied_to", None)
+    if partners and tied_to is None:
         shared = ", ".join(partners)
         return Skip(
             f"its weight is tied to {shared}, and {type(module).__name__} does not say how to share it"
         )
-    followers = {fqn: module.tied_to(partner) for fqn, partner in partners.items()}
+    followers = {fqn: tied_to(partner) for fqn, partner in partners.items()} if tied_to else {}
     for fqn, new in {site.fqn: module, **followers}.items():
         make_contiguous(new)
         _reject_lost_buffers(pass_, fqn, new)

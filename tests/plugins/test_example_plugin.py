@@ -1,4 +1,4 @@
-"""The example plug-in as a stranger would use it: built, installed elsewhere, discovered, run, saved, reloaded."""
+"""The example plug-in as a stranger would use it: installed, discovered, run, saved, reloaded."""
 
 import os
 import re
@@ -19,7 +19,8 @@ from kroncc.testing import assert_reloads, assert_rewrites, assert_skips
 
 assert_rewrites(BlockDiagonal(blocks=4), nn.Linear(8, 16))
 assert_skips(BlockDiagonal(blocks=3), nn.Linear(8, 16), "do not divide")
-config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50)
+small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+config = BertConfig(vocab_size=50, **small)
 loaded = assert_reloads("block-diagonal", {"blocks": 4}, ["@ffn.up"], BertModel(config))
 print(type(loaded).__name__, type(loaded.encoder.layer[1].intermediate.dense).__name__)
 """
@@ -47,7 +48,9 @@ def test_it_is_listed_and_explained(installed):
     listed = subprocess.run(kroncc, env=installed, capture_output=True, text=True, check=True).stdout
     assert "block-diagonal" in listed
     assert "example-plugin" in listed
-    one = subprocess.run([*kroncc, "block-diagonal"], env=installed, capture_output=True, text=True, check=True)
+    one = subprocess.run(
+        [*kroncc, "block-diagonal"], env=installed, capture_output=True, text=True, check=True
+    )
     assert "number of blocks" in one.stdout
 
 
