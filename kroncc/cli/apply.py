@@ -36,6 +36,8 @@ def apply(
 
         plan, root = _plan(recipe, tuple(overrides or ()))
         directory = output or Path("runs") / plan.name
+        if recipe.suffix != ".json":
+            plan = plan.saved_in(directory, recipe, tuple(overrides or ()))
         result = execute(plan, directory, root, until=until, fresh=fresh, reporter=ConsoleReporter())
         out = console()
         out.print(closing_table(plan, result.values))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,8 +40,7 @@ def plan(
         return
     target = output or Path("runs") / compiled.name / "plan.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    file = os.path.relpath(recipe.resolve(), target.parent.resolve())
-    saved = compiled.model_copy(update={"file": file, "overrides": tuple(overrides or ())})
+    saved = compiled.saved_in(target.parent, recipe, tuple(overrides or ()))
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.write_text(saved.to_json(), encoding="utf-8")
     temporary.replace(target)

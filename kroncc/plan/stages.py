@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -91,6 +93,11 @@ class Plan(Frozen):
     stages: tuple[Stage, ...]
     models: dict[str, ModelReport]
     expectations: dict[str, bool | None] = Field(default_factory=dict)  # None: known only after a run
+
+    def saved_in(self, directory: Path, recipe: Path, overrides: tuple[str, ...]) -> Plan:
+        """Return the plan with the way from `directory`, where it is saved, to its recipe."""
+        file = os.path.relpath(recipe.resolve(), directory.resolve())
+        return self.model_copy(update={"file": file, "overrides": overrides})
 
     def to_json(self) -> str:
         """Return the plan as text, the same bytes for the same plan."""
