@@ -11,11 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from kroncc.data.sources import is_hub
+from kroncc.data.splits import open_data
 from kroncc.errors import DataError, KronccError
+from kroncc.hashing import content_hash
 from kroncc.model.source import resolve
 from kroncc.plan.dag import order
 from kroncc.plan.models import BASE, Models
-from kroncc.plan.stages import ModelReport, Plan, Stage, StageKind, content_hash
+from kroncc.plan.stages import ModelReport, Plan, Stage, StageKind
 from kroncc.recipe.expect import parse_expectation
 from kroncc.recipe.loader import Loaded
 from kroncc.recipe.schema import (
@@ -30,8 +33,6 @@ from kroncc.recipe.schema import (
     Training,
     inputs_of,
 )
-from kroncc.run.data import open_data
-from kroncc.run.sources import is_hub
 
 KINDS: dict[type[Action], StageKind] = {
     Compress: "rewrite",

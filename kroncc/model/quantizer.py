@@ -20,7 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kroncc.model.structure import Structure
+from kroncc.rewrite.structure import Structure
 
 QUANT_METHOD = "kroncc"
 

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from kroncc.errors import ModelError, PassError, did_you_mean
-from kroncc.model.structure import STRUCTURE_VERSION, AppliedPass, Structure
 from kroncc.model.ties import declare_ties, tie_declared, tied_modules
 from kroncc.rewrite.base import Pass, Site, SitePass, Skip
 from kroncc.rewrite.registry import get_pass
+from kroncc.rewrite.structure import STRUCTURE_VERSION, AppliedPass, Structure
 from kroncc.rewrite.treat import Treated, treat
 
 QUANT_METHOD = "kroncc"

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from kroncc.errors import RunError
 from kroncc.model.quantizer import attach
-from kroncc.model.structure import Structure
 from kroncc.model.ties import declare_ties
 from kroncc.quiet import quiet_transformers
+from kroncc.rewrite.structure import Structure
 from kroncc.rewrite.treat import make_contiguous
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from kroncc.errors import ModelError, did_you_mean
 from kroncc.model.files import check_weights, fingerprint
 from kroncc.model.replay import config_structure
-from kroncc.model.structure import Structure
 from kroncc.recipe.schema import ModelSpec
+from kroncc.rewrite.structure import Structure
 
 PACKAGE = "package:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

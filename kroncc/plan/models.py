@@ -9,14 +9,16 @@ from kroncc.graph.capture import capture
 from kroncc.graph.cost import ModelCost, ModuleCost, model_cost
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.roles import find_roles
+from kroncc.hashing import content_hash
 from kroncc.model.load import skeleton
 from kroncc.model.replay import replay, without_resized
 from kroncc.model.source import Origin
-from kroncc.model.structure import Structure
 from kroncc.plan.check import check_distill
-from kroncc.plan.stages import Flops, ModelReport, ModuleRow, Side, SkippedRow, content_hash
+from kroncc.plan.measures import check_metrics
+from kroncc.plan.stages import Flops, ModelReport, ModuleRow, Side, SkippedRow
 from kroncc.recipe.schema import Action, Compress, Distill, Evaluate, Export, Finetune, inputs_of
 from kroncc.rewrite.pipeline import SkippedSite, compress_graph
+from kroncc.rewrite.structure import Structure
 
 BASE = "base"
 
@@ -75,7 +77,7 @@ class Models:
             case Export():
                 self.reports[name] = self.reports[action.model]
             case Evaluate():
-                pass
+                check_metrics(action.metrics, self.task)
 
     def _relabelled(self, source: ModelReport, labels: int | None) -> ModelReport:
         if labels is None or labels == source.labels:

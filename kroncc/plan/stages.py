@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kroncc.model.structure import Structure
+from kroncc.rewrite.structure import Structure
 
 StageKind = Literal["calibrate", "rewrite", "train", "evaluate", "export"]
 
@@ -102,9 +101,3 @@ class Plan(Frozen):
     def to_json(self) -> str:
         """Return the plan as text, the same bytes for the same plan."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True) + "\n"
-
-
-def content_hash(value: Any) -> str:
-    """Return the SHA-256 (hex, 16 bytes) of a JSON-able value, independent of key order."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

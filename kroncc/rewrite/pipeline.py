@@ -14,11 +14,11 @@ from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.rewriter import Rewriter
 from kroncc.graph.roles import Role, find_roles, module_infos
 from kroncc.graph.verify import structure_of, verify
-from kroncc.model.structure import AppliedPass, Structure
 from kroncc.recipe.schema import PassCall
 from kroncc.recipe.targets import select
 from kroncc.rewrite.base import Pass, Site, SitePass, Skip
 from kroncc.rewrite.registry import get_pass
+from kroncc.rewrite.structure import AppliedPass, Structure
 from kroncc.rewrite.treat import treat
 
 

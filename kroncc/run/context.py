@@ -11,6 +11,9 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from kroncc.data.batching import Batches
+from kroncc.data.splits import SplitData, open_data
+from kroncc.data.tokens import tokenise
 from kroncc.errors import RunError
 from kroncc.graph.capture import capture
 from kroncc.graph.model_graph import ModelGraph
@@ -19,12 +22,9 @@ from kroncc.model.source import Origin, resolve, tokenizer_for
 from kroncc.plan.stages import ModelReport, Plan
 from kroncc.recipe.names import BASE
 from kroncc.recipe.schema import Recipe
-from kroncc.run.batching import Batches
-from kroncc.run.data import SplitData, open_data
 from kroncc.run.files import files_in
 from kroncc.run.progress import Reporter
 from kroncc.run.store import RunStore
-from kroncc.run.tokens import tokenise
 
 DEFAULT_TASK = "feature-extraction"
 

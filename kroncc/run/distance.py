@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kroncc.data.batching import IGNORED
 from kroncc.errors import PlanError
-from kroncc.run.batching import IGNORED
 
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
 

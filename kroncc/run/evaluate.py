@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
+from kroncc.plan.measures import LATENCY
 from kroncc.recipe.schema import Evaluate
 from kroncc.run.accelerators import state
 from kroncc.run.context import Context
 from kroncc.run.latency import measure_latency
-from kroncc.run.metrics import LATENCY, Evaluation
+from kroncc.run.metrics import Evaluation
 from kroncc.run.steps import Batch
 
 

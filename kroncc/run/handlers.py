@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from kroncc.errors import RunError
 from kroncc.model.replay import structure_of
 from kroncc.model.save import save_model, write_model
-from kroncc.model.structure import Structure
 from kroncc.plan.stages import Stage, StageKind
 from kroncc.recipe.names import BASE
 from kroncc.recipe.schema import Compress, Distill, Evaluate, Export, Finetune, Training
 from kroncc.rewrite.pipeline import compress_graph
+from kroncc.rewrite.structure import Structure
 from kroncc.run.context import Context, weight_bytes
 from kroncc.run.evaluate import evaluate
 from kroncc.run.files import files_in

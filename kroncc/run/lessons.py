@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from kroncc.data.batching import Batches
 from kroncc.errors import RunError
 from kroncc.graph.capture import default_inputs
 from kroncc.graph.model_graph import ModelGraph
@@ -19,7 +20,6 @@ from kroncc.plan.stages import Stage
 from kroncc.recipe.schema import Distill, Finetune, LossSpec, Scope, Training
 from kroncc.recipe.targets import select
 from kroncc.run.accelerators import is_main_process, wait_for_everyone
-from kroncc.run.batching import Batches
 from kroncc.run.context import Context
 from kroncc.run.losses import Losses, build_losses, needed_taps, shapes_of
 from kroncc.run.steps import Batch, batch_count

@@ -13,8 +13,8 @@ from kroncc.model.load import load_dense, skeleton
 from kroncc.model.replay import replay, structure_of
 from kroncc.model.save import save_model
 from kroncc.model.source import resolve
-from kroncc.model.structure import AppliedPass, Structure
 from kroncc.recipe.schema import ModelSpec
+from kroncc.rewrite.structure import AppliedPass, Structure
 
 pytest.importorskip("kroncc_passes")
 

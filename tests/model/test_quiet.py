@@ -14,8 +14,8 @@ from transformers.utils import logging as hf_logging
 
 from kroncc.model.load import load_directory
 from kroncc.model.save import save_model
-from kroncc.model.structure import Structure
 from kroncc.quiet import quiet_libraries, quiet_transformers
+from kroncc.rewrite.structure import Structure
 
 
 def test_noise_is_left_out_and_everything_is_given_back(caplog):

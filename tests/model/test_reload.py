@@ -19,9 +19,9 @@ from kroncc.model.load import load_dense, load_directory, skeleton
 from kroncc.model.replay import parse_structure, replay, structure_of
 from kroncc.model.save import save_model
 from kroncc.model.source import resolve
-from kroncc.model.structure import AppliedPass, Structure
 from kroncc.recipe.schema import ModelSpec
 from kroncc.rewrite import registry
+from kroncc.rewrite.structure import AppliedPass, Structure
 
 PASS = '''
 """A pass of two factors, as a stranger would write it."""

@@ -15,7 +15,7 @@ from safetensors import safe_open
 import kroncc
 from kroncc.errors import RunError
 from kroncc.model.save import save_model
-from kroncc.model.structure import Structure
+from kroncc.rewrite.structure import Structure
 
 EMPTY = Structure()
 
@@ -82,7 +82,7 @@ from pathlib import Path
 import transformers
 from kroncc.errors import RunError
 from kroncc.model.save import save_model
-from kroncc.model.structure import Structure
+from kroncc.rewrite.structure import Structure
 config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
 model = transformers.BertModel(config)
 target = Path(sys.argv[1])

@@ -17,8 +17,8 @@ from kroncc.errors import ModelError
 from kroncc.model.load import load_dense, load_directory, skeleton
 from kroncc.model.save import save_model
 from kroncc.model.source import config_from, resolve, tokenizer_for
-from kroncc.model.structure import Structure
 from kroncc.recipe.schema import ModelSpec
+from kroncc.rewrite.structure import Structure
 
 BERT = {
     "model_type": "bert",

@@ -14,13 +14,13 @@ from typing import Any
 
 import datasets
 
+from kroncc.data.labels import Labels, infer_labels
+from kroncc.data.loading import cached_map, check_columns, load_splits
+from kroncc.data.sources import check_source, source_fingerprint
 from kroncc.errors import DataError, did_you_mean
-from kroncc.plan.stages import content_hash
+from kroncc.hashing import content_hash
 from kroncc.recipe.names import FILE_SOURCES
 from kroncc.recipe.schema import DataSpec
-from kroncc.run.labels import Labels, infer_labels
-from kroncc.run.loading import cached_map, check_columns, load_splits
-from kroncc.run.sources import check_source, source_fingerprint
 
 VERSION = 1  # of the rows that this file makes; part of every fingerprint
 SCALARS = ("string", "large_string", "int", "uint", "float", "double", "bool")

@@ -7,11 +7,11 @@ import glob
 import hashlib
 from pathlib import Path
 
+from kroncc.data.corpus import python_docs
 from kroncc.errors import DataError, did_you_mean
-from kroncc.plan.stages import content_hash
+from kroncc.hashing import content_hash
 from kroncc.recipe.names import BUILTIN_SOURCES, FILE_SOURCES
 from kroncc.recipe.schema import DataSpec
-from kroncc.run.corpus import python_docs
 
 PYTHON_DOCS = "builtin:python-docs"
 MATTERS = (

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from kroncc.data import corpus
 from kroncc.errors import DataError
-from kroncc.run import corpus
 
 
 def test_sizes() -> None:
@@ -63,7 +63,7 @@ def _all_rows(topic: str) -> set[str]:
 
 
 def test_same_in_every_process() -> None:
-    code = "from kroncc.run.corpus import *; print(hashlib.sha256(repr(python_docs()).encode()).digest())"
+    code = "from kroncc.data.corpus import *; print(hashlib.sha256(repr(python_docs()).encode()).digest())"
     seen = {
         subprocess.run(
             [sys.executable, "-c", code],

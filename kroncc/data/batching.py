@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kroncc.data.tokens import Tokenised
 from kroncc.errors import DataError
-from kroncc.run.tokens import Tokenised
 
 CHUNK = 50  # batches that are sorted by length together
 IGNORED = -100  # label of a position that does not count

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from kroncc.errors import DataError
-from kroncc.run.batching import (
+from kroncc.data.batching import (
     IGNORED,
     Batches,
     Masking,
@@ -25,7 +24,8 @@ from kroncc.run.batching import (
     padding_of,
     plan_batches,
 )
-from kroncc.run.tokens import Tokenised
+from kroncc.data.tokens import Tokenised
+from kroncc.errors import DataError
 
 LENGTHS = np.random.default_rng(0).integers(3, 128, 3000)
 

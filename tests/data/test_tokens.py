@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from kroncc.data import tokens
+from kroncc.data.corpus import python_docs
+from kroncc.data.splits import SplitData, open_data
 from kroncc.errors import DataError
 from kroncc.recipe.schema import DataSpec
-from kroncc.run import tokens
-from kroncc.run.corpus import python_docs
-from kroncc.run.data import SplitData, open_data
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

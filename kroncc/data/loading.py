@@ -13,11 +13,11 @@ from typing import Any, Literal
 import datasets
 import pyarrow  # type: ignore[import-untyped]
 
+from kroncc.data.corpus import python_docs
+from kroncc.data.sources import PYTHON_DOCS, find_files
 from kroncc.errors import DataError, did_you_mean
 from kroncc.recipe.names import FILE_SOURCES
 from kroncc.recipe.schema import DataSpec
-from kroncc.run.corpus import python_docs
-from kroncc.run.sources import PYTHON_DOCS, find_files
 
 ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
 

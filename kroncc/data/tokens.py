@@ -13,12 +13,12 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from kroncc.data.labels import Labels
+from kroncc.data.loading import cached_map
+from kroncc.data.splits import Split
 from kroncc.errors import DataError
-from kroncc.plan.stages import content_hash
+from kroncc.hashing import content_hash
 from kroncc.recipe.schema import DataSpec
-from kroncc.run.data import Split
-from kroncc.run.labels import Labels
-from kroncc.run.loading import cached_map
 
 VERSION = 1  # of the rows that this file makes; part of every key
 TASKS = ("feature-extraction", "text-classification", "fill-mask", "text-generation")

@@ -14,9 +14,9 @@ from typing import Any
 import datasets
 import pytest
 
+from kroncc.data.splits import SplitData, open_data
 from kroncc.errors import DataError
 from kroncc.recipe.schema import DataSpec
-from kroncc.run.data import SplitData, open_data
 
 ROWS = [("a fine film", 1), ('he said "no', 0), ("NA", 1), ("007", 0)]
 
@@ -308,7 +308,7 @@ def test_trouble_of_the_machine_is_not_blamed_on_the_data(tmp_path: Path) -> Non
     pytest.importorskip("resource")
     write_tsv(tmp_path / "a.tsv", [(f"{number} " * 50, 0) for number in range(5000)])
     code = (
-        "import resource, sys; from kroncc.run.data import *; root = Path(sys.argv[1])\n"
+        "import resource, sys; from kroncc.data.splits import *; root = Path(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "spec = DataSpec(source='csv', delimiter='\\t', files='a.tsv')\n"
         "try: open_data(spec, 'mine', root, root / 'cache')\n"

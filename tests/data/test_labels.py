@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from kroncc.data.labels import check_head, infer_labels
 from kroncc.errors import DataError
-from kroncc.run.labels import check_head, infer_labels
 
 
 def test_text_becomes_classes_in_sorted_order() -> None:
