@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from kroncc.data.labels import Labels
 from kroncc.data.sources import is_hub
 from kroncc.data.splits import open_data
 from kroncc.errors import DataError, KronccError
 from kroncc.hashing import content_hash
 from kroncc.model.source import resolve
 from kroncc.plan.dag import order
+from kroncc.plan.measures import CLASSES, NUMBERS
 from kroncc.plan.models import BASE, Models
 from kroncc.plan.stages import ModelReport, Plan, Stage, StageKind
 from kroncc.recipe.expect import parse_expectation
@@ -52,6 +54,7 @@ class DataFacts:
 
     fingerprint: str
     rows: Mapping[str, int]
+    labels: Labels | None
 
 
 def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
@@ -77,6 +80,7 @@ def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
         action = recipe.steps[name]
         with _at(loaded, f"steps.{name}.{_kind_name(action)}"):
             models.add(name, action)
+            _check_labels(name, action, models, facts)
         stages[name] = _stage(name, recipe, models, facts, stages, source)
     return Plan(
         name=recipe.name,
@@ -134,7 +138,37 @@ def _data_facts(loaded: Loaded, name: str, spec: DataSpec, offline: bool) -> Dat
         if offline:
             return None
         raise
-    return DataFacts(data.fingerprint(), data.rows())
+    return DataFacts(data.fingerprint(), data.rows(), data.labels)
+
+
+def _check_labels(name: str, action: Action, models: Models, facts: Mapping[str, DataFacts | None]) -> None:
+    """Raise `DataError` where a step reads labels that its data lacks (K624) or its head cannot give."""
+    if not models.task.endswith("classification") or not _reads_labels(action):
+        return
+    data = str(getattr(action, "data", ""))
+    known = facts[data]
+    if known is None:
+        return
+    if known.labels is None:
+        raise DataError(
+            f"data {data!r} has no labels, which this step needs",
+            code="K624",
+            path="data",
+            remedy=f"set data.{data}.label to its label column",
+        )
+    for model in action.models if isinstance(action, Evaluate) else (name,):
+        known.labels.check_head(models.head(model), data)
+
+
+def _reads_labels(action: Action) -> bool:
+    match action:
+        case Finetune():
+            return True
+        case Distill():
+            return any(loss.kind == "task" for loss in action.losses)
+        case Evaluate():
+            return bool({*CLASSES, *NUMBERS} & set(action.metrics))
+    return False
 
 
 def _stage(

@@ -46,6 +46,11 @@ class Models:
         replay(tree, structure)
         return self.dense(labels).bind(tree)
 
+    def head(self, name: str) -> int:
+        """Return the number of outputs that the head of a classifier has."""
+        config = getattr(self.dense(self.reports[name].labels).model, "config", None)
+        return int(getattr(config, "num_labels", 0))
+
     def add_base(self, labels: int | None) -> None:
         """Report the model as it came; `PlanError` K730 if it takes no sequence of the planned length."""
         longest = self.dense(labels).limits.get("length")
