@@ -19,6 +19,7 @@ QUIET_ENVIRONMENT = {  # read by the libraries when they are imported
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 LOGGERS = ("torchao", "transformers", "datasets", "huggingface_hub", "accelerate", "torch", "filelock")
 LIBRARIES = (
