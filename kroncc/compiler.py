@@ -46,6 +46,7 @@ KINDS: dict[type[Action], StageKind] = {
 LIBRARIES = ("kroncc", "torch", "transformers")
 DEFAULT_TASK = "feature-extraction"
 DEFAULT_LENGTH = 128
+NO_FILE = "K602"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
     and cannot be run.
     """
     recipe, root = loaded.recipe, loaded.path.parent
-    origin = resolve(recipe.model, root, cached=offline and recipe.model.config is not None)
+    with _at(loaded, ""):
+        origin = resolve(recipe.model, root, cached=offline and recipe.model.config is not None)
     lengths = [spec.max_length for spec in recipe.data.values()]
     models = Models(origin, recipe.model.task or DEFAULT_TASK, max(lengths, default=DEFAULT_LENGTH))
     with _at(loaded, "model"):
@@ -123,7 +125,7 @@ def _at(loaded: Loaded, path: str) -> Iterator[None]:
     except KronccError as error:
         placed = []
         for problem in error.problems:
-            full = f"{path}.{problem.path}" if problem.path else path
+            full = ".".join(filter(None, (path, problem.path)))
             placed.append(replace(problem, path=full, place=problem.place or loaded.places.find(full)))
         raise type(error)(problems=placed) from error
 
@@ -134,8 +136,8 @@ def _data_facts(loaded: Loaded, name: str, spec: DataSpec, offline: bool) -> Dat
     try:
         with _at(loaded, f"data.{name}"):
             data = open_data(spec, name, loaded.path.parent)
-    except DataError:
-        if offline:
+    except DataError as error:
+        if offline and error.problems[0].code == NO_FILE:
             return None
         raise
     return DataFacts(data.fingerprint(), data.rows(), data.labels)

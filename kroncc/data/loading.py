@@ -19,6 +19,7 @@ from kroncc.errors import DataError, did_you_mean
 from kroncc.recipe.names import FILE_SOURCES
 from kroncc.recipe.schema import DataSpec
 
+NO_ROWS = ("corresponds to no data", "the first 0 values")  # how `datasets` says that it found no rows
 ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
 
 
@@ -173,7 +174,7 @@ def _cause(error: BaseException) -> BaseException:
 def _unreadable(cause: BaseException, spec: DataSpec, name: str, files: dict[str, list[Path]]) -> DataError:
     listed = [str(path) for paths in files.values() for path in paths]
     shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
-    if "corresponds to no data" in str(cause):  # how `datasets` says that it found no rows
+    if any(sign in str(cause) for sign in NO_ROWS):
         return DataError(f"data {name!r}: no rows in {shown}", code="K605", path="files")
     remedies = {
         "csv": "check `delimiter`, and set `quoting: false` where quote characters are part of the text",

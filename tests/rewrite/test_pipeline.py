@@ -1,4 +1,4 @@
-"""Passes over a whole graph: what is rewritten, what is skipped and why, what is recorded, what is refused."""
+"""Passes over a whole graph: what is rewritten, what is skipped and why, what is refused."""
 
 import os
 from pathlib import Path
