@@ -32,6 +32,7 @@ def apply(
         from kroncc.cli.console import console
         from kroncc.cli.reporter import ConsoleReporter
         from kroncc.report.tables import closing_table
+        from kroncc.run.accelerators import is_main_process
         from kroncc.run.executor import execute
 
         plan, root = _plan(recipe, tuple(overrides or ()))
@@ -39,6 +40,8 @@ def apply(
         if recipe.suffix != ".json":
             plan = plan.saved_in(directory, recipe, tuple(overrides or ()))
         result = execute(plan, directory, root, until=until, fresh=fresh, reporter=ConsoleReporter())
+        if not is_main_process():
+            return
         out = console()
         out.print(closing_table(plan, result.values))
         out.print(f"results: {directory}")
