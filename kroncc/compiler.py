@@ -89,17 +89,20 @@ def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
         recipe=recipe.model_dump(mode="json", exclude_defaults=True),
         length=models.length,
         versions={library: importlib.metadata.version(library) for library in LIBRARIES},
-        sources={
-            "model": origin.fingerprint,
-            **{f"data.{name}": one.fingerprint if one else None for name, one in facts.items()},
-        },
+        sources={"model": origin.fingerprint}
+        | {f"data.{name}": one and one.fingerprint for name, one in facts.items()},
         stages=tuple(stages.values()),
         models=models.reports,
-        expectations={
-            f"{key}: {text}": parse_expectation(key, text).evaluate(static_values(models.reports))
-            for key, text in recipe.expect.items()
-        },
+        expectations=_judged(recipe, models.reports),
     )
+
+
+def _judged(recipe: Recipe, reports: Mapping[str, ModelReport]) -> dict[str, bool | None]:
+    """Return for each expectation whether it is met; None for those that only a run can tell."""
+    values = static_values(reports)
+    return {
+        f"{key}: {text}": parse_expectation(key, text).evaluate(values) for key, text in recipe.expect.items()
+    }
 
 
 def static_values(reports: Mapping[str, ModelReport]) -> dict[str, float]:
