@@ -10,7 +10,7 @@ demo: $(STAMP)demo
 	$(BIN)/kroncc apply recipes/quickstart.yaml
 
 test: $(STAMP)test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)test
 	$(BIN)/ruff check .

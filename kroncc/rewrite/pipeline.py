@@ -108,7 +108,9 @@ def _apply_call(graph: ModelGraph, call: PassCall, seed: int) -> Iterator[Applie
 def _site(graph: ModelGraph, roles: Mapping[str, Role], fqn: str, seed: int) -> Site:
     """Return the site of `fqn`; of a tied group, the embedding stands for all."""
     group = (fqn, *_weight_partners(graph, fqn))
-    owner = next((name for name in group if isinstance(graph.get(name), nn.Embedding)), fqn)
+    called = set(graph.fqns())
+    tables = (name for name in group if name in called and isinstance(graph.get(name), nn.Embedding))
+    owner = next(tables, fqn)
     role = roles.get(owner)
     return Site(
         fqn=owner,
@@ -123,11 +125,10 @@ def _site(graph: ModelGraph, roles: Mapping[str, Role], fqn: str, seed: int) -> 
 def _weight_partners(graph: ModelGraph, fqn: str) -> tuple[str, ...]:
     """Return the modules tied to `fqn` by more than a bias, which stays a Parameter of its own."""
     mine = {id(p) for name, p in graph.get(fqn).named_parameters() if name != "bias"}
-    called = set(graph.fqns())
     return tuple(
         other
         for other in graph.tied(fqn)
-        if other in called and mine & {id(p) for p in graph.get(other).parameters(recurse=False)}
+        if mine & {id(p) for p in graph.get(other).parameters(recurse=False)}
     )
 
 

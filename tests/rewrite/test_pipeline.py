@@ -91,6 +91,14 @@ def test_a_target_on_the_head_alone_treats_the_pair_once(tiny):
     assert model.lm_head.a is model.transformer.wte.a
 
 
+def test_a_table_that_only_others_call_follows_too(tiny):
+    """T5 ties two embeddings and the head to a third embedding that nothing calls."""
+    model = tiny("t5", "AutoModelForSeq2SeqLM", tie_word_embeddings=True)
+    done = compress_graph(capture(model), [kronecker("@embedding.word", b=[1, 4])])
+    assert done.structure.passes[0].sites == ("encoder.embed_tokens",)
+    assert model.shared.a is model.encoder.embed_tokens.a is model.decoder.embed_tokens.a is model.lm_head.a
+
+
 def test_a_head_that_shares_a_bias_only_is_left_out(tiny):
     model = tiny("bert", "AutoModelForMaskedLM")
     compress_graph(capture(model), [kronecker("@embedding.word", b=[1, 4])])
