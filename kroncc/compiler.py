@@ -45,7 +45,6 @@ KINDS: dict[type[Action], StageKind] = {
 }
 LIBRARIES = ("kroncc", "torch", "transformers")
 DEFAULT_TASK = "feature-extraction"
-DEFAULT_LENGTH = 128
 NO_FILE = "K602"
 
 
@@ -69,9 +68,9 @@ def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
     with _at(loaded, ""):
         origin = resolve(recipe.model, root, cached=offline and recipe.model.config is not None)
     lengths = [spec.max_length for spec in recipe.data.values()]
-    models = Models(origin, recipe.model.task or DEFAULT_TASK, max(lengths, default=DEFAULT_LENGTH))
+    models = Models(origin, recipe.model.task or DEFAULT_TASK)
     with _at(loaded, "model"):
-        models.add_base(recipe.model.labels)
+        models.add_base(recipe.model.labels, lengths)
     facts = {name: _data_facts(loaded, name, spec, offline) for name, spec in recipe.data.items()}
     source = origin.fingerprint or content_hash(recipe.model.model_dump(mode="json"))
     stages: dict[str, Stage] = {}

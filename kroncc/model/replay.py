@@ -14,7 +14,7 @@ from kroncc.model.ties import declare_ties, tie_declared, tied_modules
 from kroncc.rewrite.base import Pass, Site, SitePass, Skip
 from kroncc.rewrite.registry import get_pass
 from kroncc.rewrite.structure import STRUCTURE_VERSION, AppliedPass, Structure
-from kroncc.rewrite.treat import Treated, treat
+from kroncc.rewrite.treat import FAULTS, Treated, treat
 
 QUANT_METHOD = "kroncc"
 NO_SUCH_PASS = "K410"
@@ -137,6 +137,8 @@ def _rewritten(pass_: SitePass, site: Site, model: nn.Module) -> dict[str, nn.Mo
     try:
         outcome: Treated | Skip = treat(pass_, site, {name: model.get_submodule(name) for name in site.tied})
     except PassError as error:
+        if error.problems[0].code in FAULTS:
+            raise
         raise _misfit(pass_, site, error.problems[0].message) from error
     if isinstance(outcome, Skip):
         raise _misfit(pass_, site, outcome.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kroncc.errors import PlanError
@@ -21,6 +22,7 @@ from kroncc.rewrite.pipeline import SkippedSite, compress_graph
 from kroncc.rewrite.structure import Structure
 
 BASE = "base"
+DEFAULT_LENGTH = 128
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Models:
 
     origin: Origin
     task: str
-    length: int
+    length: int = DEFAULT_LENGTH
     reports: dict[str, ModelReport] = field(default_factory=dict)
     _dense: dict[int | None, ModelGraph] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)  # distillations of a kind are checked once
@@ -51,9 +53,13 @@ class Models:
         config = getattr(self.dense(self.reports[name].labels).model, "config", None)
         return int(getattr(config, "num_labels", 0))
 
-    def add_base(self, labels: int | None) -> None:
-        """Report the model as it came; `PlanError` K730 if it takes no sequence of the planned length."""
+    def add_base(self, labels: int | None, lengths: Sequence[int] = ()) -> None:
+        """Report the model as it came; costs are counted at the longest of the data's `lengths`.
+
+        Raises `PlanError` K730 if the model takes no sequence that long.
+        """
         longest = self.dense(labels).limits.get("length")
+        self.length = max(lengths, default=min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH))
         if longest is not None and self.length > longest:
             raise PlanError(
                 f"max_length {self.length} is longer than the model's {longest} positions",

@@ -10,6 +10,8 @@ from torch import nn
 from kroncc.errors import KronccError, PassError
 from kroncc.rewrite.base import Site, SitePass, Skip
 
+FAULTS = ("K404", "K450")  # of the pass itself, whatever the model
+
 
 @dataclass(frozen=True)
 class Treated:

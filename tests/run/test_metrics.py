@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kroncc.errors import DataError, PlanError
+from kroncc.plan.measures import FITS, check_metrics
 from kroncc.recipe.names import FIDELITY_PARTS, METRICS
-from kroncc.run.metrics import FITS, Evaluation, Outputs, check_metrics
+from kroncc.run.metrics import Evaluation, Outputs
 
 ROWS = 60
 
