@@ -67,6 +67,8 @@ def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
     recipe, root = loaded.recipe, loaded.path.parent
     with _at(loaded, ""):
         origin = resolve(recipe.model, root, cached=offline and recipe.model.config is not None)
+        if not offline and origin.fingerprint is None:
+            origin.fetch(weights=False)  # says that there is no model to run
     lengths = [spec.max_length for spec in recipe.data.values()]
     models = Models(origin, recipe.model.task or DEFAULT_TASK)
     with _at(loaded, "model"):
@@ -81,6 +83,7 @@ def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
         action = recipe.steps[name]
         with _at(loaded, f"steps.{name}.{_kind_name(action)}"):
             models.add(name, action)
+            _check_split(action, facts)
             _check_labels(name, action, models, facts)
         stages[name] = _stage(name, recipe, models, facts, stages, source)
     return Plan(
@@ -143,6 +146,21 @@ def _data_facts(loaded: Loaded, name: str, spec: DataSpec, offline: bool) -> Dat
             return None
         raise
     return DataFacts(data.fingerprint(), data.rows(), data.labels)
+
+
+def _check_split(action: Action, facts: Mapping[str, DataFacts | None]) -> None:
+    """Raise `DataError` K607 where a step reads a split that its data does not have."""
+    if not isinstance(action, Training | Evaluate):
+        return
+    known = facts[action.data]
+    if known is not None and action.split not in known.rows:
+        raise DataError(
+            f"data {action.data!r} has no split {action.split!r}",
+            code="K607",
+            path="split",
+            expected=f"one of {', '.join(known.rows)}",
+            remedy=f"name its files under data.{action.data}.files, or set validation_fraction there",
+        )
 
 
 def _check_labels(name: str, action: Action, models: Models, facts: Mapping[str, DataFacts | None]) -> None:

@@ -25,26 +25,28 @@ def plan(
     """Compile a recipe on meta tensors: shapes, parameters, FLOPs, stages. Reads no weights.
 
     Without --dry-run the plan is saved (default runs/NAME/plan.json), and `kroncc apply plan.json` runs it.
+    Exit codes: 0 done; 1 an expectation is unmet; 2 the recipe is wrong.
     """
     from kroncc.quiet import quiet_libraries
 
     with quiet_libraries():
         from kroncc.compiler import compile_recipe
+        from kroncc.plan.saved import write_plan
         from kroncc.recipe.loader import load_recipe
         from kroncc.rewrite.registry import schemas
 
         loaded = load_recipe(recipe, overrides=tuple(overrides or ()), passes=schemas())
         compiled = compile_recipe(loaded, offline=dry_run)
     _show(compiled, format_)
+    unmet = False in compiled.expectations.values()
     if dry_run:
-        return
+        raise typer.Exit(1 if unmet else 0)
     target = output or Path("runs") / compiled.name / "plan.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     saved = compiled.saved_in(target.parent, recipe, tuple(overrides or ()))
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(saved.to_json(), encoding="utf-8")
-    temporary.replace(target)
+    write_plan(saved, target)
     typer.echo(f"plan saved: {target}", err=True)
+    if unmet:
+        raise typer.Exit(1)
 
 
 def _show(compiled: object, format_: str) -> None:

@@ -30,6 +30,31 @@ class Labels:
         check_head(self.kind == "regression", self.count - 1, head, data)
 
 
+def name_classes(labels: Labels | None, config: Any) -> None:
+    """Write the names of the classes into a model's config, as `id2label` and `label2id`."""
+    if labels is None or labels.names is None or len(labels.names) > config.num_labels:
+        return
+    spare = (f"LABEL_{number}" for number in range(len(labels.names), config.num_labels))
+    config.id2label = dict(enumerate((*labels.names, *spare)))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+
+
+def check_names(labels: Labels | None, config: Any, data: str) -> None:
+    """Raise `DataError` K625 where named classes have other numbers than those the model was trained with."""
+    known = getattr(config, "label2id", None) or {}
+    if labels is None or labels.names is None or all(str(name).startswith("LABEL_") for name in known):
+        return
+    for number, name in enumerate(labels.names):
+        if known.get(name) != number:
+            raise DataError(
+                f"data {data!r}: the class {name!r} is number {number} here "
+                f"and {known.get(name)} in the model",
+                code="K625",
+                expected=f"the classes of the model: {', '.join(map(str, known))}",
+                remedy="have every class in the data, or write class numbers instead of names",
+            )
+
+
 def check_head(regression: bool, largest: int, head: int, data: str = "") -> None:
     """Raise `DataError` where a head with `head` outputs cannot learn the labels (classes to `largest`)."""
     where = f"data {data!r}: " if data else ""

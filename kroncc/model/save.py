@@ -29,6 +29,24 @@ COMPANIONS = (
     "sentencepiece*.model", "preprocessor_config.json", "processor_config.json", "chat_template*",
 )  # fmt: skip
 
+MODEL_FILES = (  # what a model's directory may hold; anything else is somebody's own
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "*tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*processor_config.json",
+    "*.jinja",
+    "*.model",
+    "recipe.yaml",
+    "report.json",
+    "stage.json",
+)
+
 
 def save_model(
     model: PreTrainedModel,
@@ -110,14 +128,18 @@ def _copy_companions(source: Path, directory: Path) -> None:
 
 
 def _require_replaceable(target: Path) -> None:
-    """Refuse to replace a directory that holds anything but a model."""
+    """Refuse to replace anything but a directory with a model's files and no others."""
     with suppress(OSError):
-        foreign = target.exists() and not target.is_dir()
-        if foreign or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return
+        inside = list(target.iterdir()) if target.is_dir() else []
+        foreign = [path.name for path in inside if path.is_dir() or not any(map(path.match, MODEL_FILES))]
+        if foreign or not (target / "config.json").is_file():
+            what = f"holds {foreign[0]!r}" if foreign else "holds no model"
             raise RunError(
-                f"{target} is there and holds no model; it is not replaced",
+                f"{target} is there and {what}; it is not replaced",
                 code="K805",
-                expected="a new directory, an empty one, or a model to replace",
+                expected="a new directory, an empty one, or one with a model's files alone",
                 remedy="give another directory",
             )
 

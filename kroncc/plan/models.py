@@ -81,6 +81,7 @@ class Models:
                 structure = source.structure + done.structure
                 self.reports[name] = self._report(graph, source.labels, structure, done.skipped)
             case Finetune() | Distill():
+                self._check_head(action)
                 source = self.reports[inputs_of(action)[0]]
                 self.reports[name] = self._relabelled(source, action.labels)
                 if isinstance(action, Distill):
@@ -89,6 +90,17 @@ class Models:
                 self.reports[name] = self.reports[action.model]
             case Evaluate():
                 check_metrics(action.metrics, self.task)
+
+    def _check_head(self, action: Finetune | Distill) -> None:
+        """Raise `PlanError` K731 for training on labels without a head that gives logits."""
+        supervised = isinstance(action, Finetune) or any(loss.kind == "task" for loss in action.losses)
+        if supervised and self.task == "feature-extraction":
+            raise PlanError(
+                "training on labels needs a head, and task 'feature-extraction' has none",
+                code="K731",
+                expected="a task such as text-classification, or losses without labels",
+                remedy="set model.task, or distil with mse, cosine or another loss against the teacher",
+            )
 
     def _relabelled(self, source: ModelReport, labels: int | None) -> ModelReport:
         if labels is None or labels == source.labels:

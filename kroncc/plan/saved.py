@@ -37,6 +37,21 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"{path} is damaged at {where}: {first['msg']}", code="K722") from error
 
 
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write `plan` to `path`, whole or not at all; `PlanError` K726 where that cannot be done."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(plan.to_json(), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise PlanError(
+            f"cannot write the plan to {path}: {error.strerror}",
+            code="K726",
+            remedy="give another path with -o",
+        ) from error
+
+
 def differences(saved: Any, current: Any, path: str = "") -> Iterator[str]:
     """Yield one line for each place where two JSON values differ: `steps.task.epochs: 5 -> 3`."""
     if isinstance(saved, Mapping) and isinstance(current, Mapping):

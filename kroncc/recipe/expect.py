@@ -94,7 +94,8 @@ class Expectation:
         """Say whether `values` meet this; None while one of the names is not known."""
         if not self.names() <= values.keys():
             return None
-        return _COMPARE[self.compare](float(values[self.key]), self.term.evaluate(values))
+        right = self.term.evaluate(values)
+        return math.isfinite(right) and _COMPARE[self.compare](float(values[self.key]), right)
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Return the demand with its numbers, as far as they are known."""

@@ -23,8 +23,11 @@ def closing_table(plan: Plan, values: Mapping[str, float]) -> Table:
     for column in ("parameters", "bytes on disk", "FLOPs", *(_heading(metric) for metric in metrics)):
         table.add_column(column, justify="right")
     base = plan.models["base"]
+    shown = [name for name in measured if measured[name]] or [
+        name for name in measured if f"{name}.{DISK}" in values
+    ]
     for name, report in plan.models.items():
-        if name != "base" and not measured[name]:
+        if name != "base" and name not in shown:
             continue
         cells = [_cell(metric, measured[name], measured["base"]) for metric in metrics]
         table.add_row(name, *_sizes(name, report, base, values), *cells)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from kroncc.plan.measures import LATENCY
+from kroncc.data.labels import check_names
+from kroncc.plan.measures import CLASSES, LATENCY, NUMBERS
 from kroncc.recipe.schema import Evaluate
 from kroncc.run.accelerators import state
 from kroncc.run.context import Context
@@ -43,6 +44,9 @@ def _measure(
 ) -> dict[str, dict[str, float]]:
     first = action.models[0]
     source = context.batches(action.data, action.split, models[first], first, action.batch_size)
+    if {*CLASSES, *NUMBERS} & set(metrics):
+        for model in models.values():
+            check_names(source.data.labels, model.config, action.data)
     evaluations = {name: Evaluation(metrics, context.task, data=action.data) for name in action.models}
     for rows in source.epoch(0):
         batch = {key: value.to(models[first].device) for key, value in source.collate(rows).items()}

@@ -110,13 +110,32 @@ def exported(context: Context, stage: Stage, path: Path | None) -> Outcome:
     structure = structure_of(model)
     if action.to is None:
         return _written(context, stage, path, action.model, model, structure, {}, action.dtype)
-    target = (context.root / action.to).absolute()
+    target = _export_target(context, action.to)
     extra = _texts(context, stage, {})
     save_model(model, target, structure, context.location(action.model), action.dtype, extra)
     for name, text in extra.items():
         (path / name).write_text(text, encoding="utf-8")
     return Outcome(
         {f"{stage.name}.disk": weight_bytes(target)}, {}, model=str(target), model_files=files_in(target)
+    )
+
+
+def _export_target(context: Context, to: str) -> Path:
+    """Return where `to` points; K827 for the source, the run directory, and what no export wrote."""
+    target = (context.root / to).resolve()
+    source, run = context.location(BASE).resolve(), context.store.directory.resolve()
+    exported_before = (target / "report.json").is_file()
+    if target == source or target.is_relative_to(run) or run.is_relative_to(target):
+        what = "is the source model" if target == source else "overlaps the run directory"
+    elif target.is_dir() and any(target.iterdir()) and not exported_before:
+        what = "is not empty and was not written by an export"
+    else:
+        return target
+    raise RunError(
+        f"cannot export to {target}: it {what}",
+        code="K827",
+        expected="a new or empty directory, or one of an earlier export",
+        remedy="change `to`",
     )
 
 

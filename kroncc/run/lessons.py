@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kroncc.data.batching import Batches
+from kroncc.data.labels import check_names, name_classes
 from kroncc.errors import RunError
 from kroncc.graph.capture import default_inputs
 from kroncc.graph.model_graph import ModelGraph
@@ -56,6 +57,8 @@ def lesson(context: Context, stage: Stage, action: Training) -> tuple[PreTrained
     specs = list(action.losses) if isinstance(action, Distill) else [LossSpec(kind="task")]
     if any(spec.kind == "task" for spec in specs) and source.data.labels is not None:
         source.data.labels.check_head(model.config.num_labels, action.data)
+        check_names(source.data.labels, model.config, action.data)
+        name_classes(source.data.labels, model.config)
     batch = source.collate(source.epoch(0)[0][:2])
     student = _graph(context, model, batch)
     teacher = None
