@@ -7,11 +7,12 @@ import os
 from rich.console import Console
 
 PIPED_WIDTH = 150  # tables in a file or a log need not fit a terminal
+LEAST_WIDTH = 110  # a narrower terminal wraps the lines, which loses no figure
 
 
 def console() -> Console:
-    """Return a console as wide as the terminal, or wide enough for the tables where there is none."""
+    """Return a console as wide as the terminal, but wide enough for the tables."""
     plain = Console(highlight=False)
     if plain.is_terminal or "COLUMNS" in os.environ:
-        return plain
+        return Console(highlight=False, width=max(plain.width, LEAST_WIDTH))
     return Console(highlight=False, width=PIPED_WIDTH)

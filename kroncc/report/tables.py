@@ -19,9 +19,9 @@ def closing_table(plan: Plan, values: Mapping[str, float]) -> Table:
     measured = {name: _metrics(name, values) for name in plan.models}
     metrics = list(dict.fromkeys(metric for row in measured.values() for metric in row))
     table = plain_table(f"{plan.name}: result ({plan.length} tokens, batch 1)")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for column in ("parameters", "bytes on disk", "FLOPs", *(_heading(metric) for metric in metrics)):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     base = plan.models["base"]
     shown = [name for name in measured if measured[name]] or [
         name for name in measured if f"{name}.{DISK}" in values

@@ -48,9 +48,9 @@ def test_dtype_on_disk(tiny, tmp_path):
 
 
 def test_replaces_an_old_model_whole(tiny, tmp_path):
-    save_model(tiny("bert"), tmp_path / "saved", EMPTY, extra_files={"old.txt": "old"})
+    save_model(tiny("bert"), tmp_path / "saved", EMPTY, extra_files={"recipe.yaml": "old"})
     save_model(tiny("bert", seed=1), tmp_path / "saved", EMPTY)
-    assert not (tmp_path / "saved/old.txt").exists()
+    assert not (tmp_path / "saved/recipe.yaml").exists()
     assert torch.equal(
         kroncc.load(tmp_path / "saved").pooler.dense.weight, tiny("bert", seed=1).pooler.dense.weight
     )
@@ -60,7 +60,7 @@ def test_replaces_an_old_model_whole(tiny, tmp_path):
 def test_foreign_directories_are_not_replaced(tiny, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_text("cat")
-    with pytest.raises(RunError, match="holds no model") as caught:
+    with pytest.raises(RunError, match=r"holds 'cat\.jpg'") as caught:
         save_model(tiny("bert"), tmp_path / "photos", EMPTY)
     assert caught.value.problems[0].code == "K805"
     (tmp_path / "file").write_text("text")
@@ -86,10 +86,10 @@ from kroncc.rewrite.structure import Structure
 config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
 model = transformers.BertModel(config)
 target = Path(sys.argv[1])
-save_model(model, target, Structure(), extra_files={"note.txt": "first"})
+save_model(model, target, Structure(), extra_files={"recipe.yaml": "first"})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a write that finds no room, as on a full disk
 try:
-    save_model(model, target, Structure(), extra_files={"note.txt": "second"})
+    save_model(model, target, Structure(), extra_files={"recipe.yaml": "second"})
 except RunError as error:
     print(error.problems[0].code, error.exit_code)
 """
@@ -100,7 +100,7 @@ def test_no_room_leaves_the_old_model(tmp_path):
         [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path / "saved")], capture_output=True, text=True
     )
     assert done.stdout.split() == ["K803", "1"], done.stderr
-    assert (tmp_path / "saved/note.txt").read_text() == "first"
+    assert (tmp_path / "saved/recipe.yaml").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     kroncc.load(tmp_path / "saved")
 

@@ -29,7 +29,7 @@ def judge(key: str, text: str) -> bool | None:
         ("task-a.f1", "== 1 / (1 + 1)", True),
         ("task-a.f1", ">= -(-0.5)", True),
         ("task-a.f1", "> - - 0.4", True),
-        ("task-a.f1", "< 1 / 0", True),
+        ("task-a.f1", "< 1 / 0", False),
         ("task-a.f1", "< 0 / 0", False),
     ],
 )

@@ -314,6 +314,24 @@ def test_export_to_a_folder_of_its_own(root: Path) -> None:
     assert (root / "given" / "model" / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("to", ["webapp", "model", "run/steps/x", "."])
+def test_export_spares_what_it_did_not_write(root: Path, to: str) -> None:
+    (root / "webapp/src").mkdir(parents=True)
+    (root / "webapp/config.json").write_text("{}")
+    (root / "webapp/src/thesis.txt").write_text("mine")
+    path = make_recipe(root)
+    whole = yaml.safe_load(path.read_text())
+    source = root / whole["model"]["source"]
+    target = str(source) if to == "model" else to
+    whole.update(steps={"out": {"export": {"model": "base", "to": target}}}, data={}, expect={})
+    path.write_text(yaml.safe_dump(whole))
+    before = sorted(file for file in source.rglob("*"))
+    with pytest.raises(RunError, match="K827"):
+        run(root, compile_recipe(load_recipe(path)))
+    assert (root / "webapp/src/thesis.txt").read_text() == "mine"
+    assert sorted(file for file in source.rglob("*")) == before
+
+
 def test_an_unmet_expectation_stops_early_with_numbers(root: Path) -> None:
     steps = yaml.safe_load(make_recipe(root).read_text())["steps"]
     steps["teacher"]["finetune"]["epochs"] = 1
