@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from kroncc.api import PassError, Site, SitePass, Skip
+from kroncc_passes._dense import DENSE, bias_of, located, unsupported, weight_of
 from kroncc_passes._kronecker_init import Init, initial_factors
 from kroncc_passes._kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from kroncc_passes._kronecker_shapes import Shape, check_rank, complete, factor_parameters, fit
 
 Count = Annotated[int, Field(gt=0, strict=True)]
 WAYS = ("a", "b"), ("ratio",), ("params",)
-UNTREATED = ("max_norm", "scale_grad_by_freq", "sparse")  # options of nn.Embedding that act on whole rows
 
 
 class Kronecker(SitePass):
@@ -57,7 +55,7 @@ class Kronecker(SitePass):
     """
 
     kind: ClassVar[str] = "kronecker"
-    accepts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Embedding, Conv1D)
+    accepts: ClassVar[tuple[type[nn.Module], ...]] = DENSE
 
     a: tuple[Count, Count] | None = Field(
         None, description="[m1, n1], shape of A; if left out, follows from b"
@@ -95,14 +93,14 @@ class Kronecker(SitePass):
         Raises PassError K420, K421 (the shapes do not fit the weight), K422 (rank too large), K423 (nothing
         is small enough for `ratio` or `params`).
         """
-        if reason := _unsupported(site.module):
+        if reason := unsupported(site.module, self.kind):
             return Skip(reason)
-        weight = _weight(site.module)
+        weight = weight_of(site.module)
         try:
             a, b = self._shapes(site.module, (weight.shape[0], weight.shape[1]))
             check_rank(a, b, self.rank)
         except PassError as error:
-            raise _at(site, error) from error
+            raise located(site, error) from error
         count = factor_parameters(a, b, self.rank, self.scalars)
         if count >= weight.numel():
             return Skip(f"its factors would have {count:,} parameters, the weight has {weight.numel():,}")
@@ -118,47 +116,22 @@ class Kronecker(SitePass):
         module, old = site.module, site.module.get_parameter("weight")
         try:
             factors = initial_factors(
-                self.init, _weight(module), resolved.a, resolved.b, self.rank, site.seed
+                self.init, weight_of(module), resolved.a, resolved.b, self.rank, site.seed
             )
         except PassError as error:
-            raise _at(site, error) from error
+            raise located(site, error) from error
         a, b = (nn.Parameter(factor, old.requires_grad) for factor in factors)
         scale = nn.Parameter(old.new_ones(self.rank), old.requires_grad) if self.scalars else None
         if isinstance(module, nn.Embedding):
             return KroneckerEmbedding(a, b, scale, module.padding_idx).train(module.training)
-        return KroneckerLinear(a, b, _bias(module), scale).train(module.training)
+        return KroneckerLinear(a, b, bias_of(module), scale).train(module.training)
 
     def _shapes(self, module: nn.Module, size: Shape) -> tuple[Shape, Shape]:
         if self.ratio is None and self.params is None:
             return complete(size, self.a, self.b)
-        bias = _bias(module)
+        bias = bias_of(module)
         fixed = 0 if bias is None else bias.numel()
         dense = size[0] * size[1] + fixed
         budget = self.params if self.ratio is None else int(dense / self.ratio)
         assert budget is not None
         return fit(size, budget, fixed, self.rank, self.scalars, whole_rows=isinstance(module, nn.Embedding))
-
-
-def _unsupported(module: nn.Module) -> str:
-    """Return why `module` cannot be factored, or nothing."""
-    if type(module) not in Kronecker.accepts:
-        return f"is a {type(module).__name__}; kronecker treats Linear, Conv1D and Embedding, not subclasses"
-    used = [name for name in UNTREATED if getattr(module, name, None)]
-    return f"is an embedding with {used[0]}, which acts on whole rows" if used else ""
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """Return the weight as [out, in]; Conv1D stores it as [in, out]."""
-    weight = module.get_parameter("weight")
-    return weight.t() if isinstance(module, Conv1D) else weight
-
-
-def _bias(module: nn.Module) -> nn.Parameter | None:
-    bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, nn.Parameter) else None
-
-
-def _at(site: Site, error: PassError) -> PassError:
-    """Return `error` with the module's name in front of each message."""
-    problems = [replace(problem, message=f"{site.fqn}: {problem.message}") for problem in error.problems]
-    return PassError(problems=problems)

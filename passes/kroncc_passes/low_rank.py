@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from kroncc.api import PassError, Site, SitePass, Skip
+from kroncc_passes._dense import DENSE, bias_of, located, unsupported, weight_of
 from kroncc_passes._kronecker_math import nearest_product
 from kroncc_passes._low_rank_layers import LowRankEmbedding, LowRankLinear
 
 Count = Annotated[int, Field(gt=0, strict=True)]
 WAYS = ("rank", "ratio", "params")
-UNTREATED = ("max_norm", "scale_grad_by_freq", "sparse")  # options of nn.Embedding that act on whole rows
 
 
 class LowRank(SitePass):
@@ -59,7 +57,7 @@ class LowRank(SitePass):
     """
 
     kind: ClassVar[str] = "low-rank"
-    accepts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Embedding, Conv1D)
+    accepts: ClassVar[tuple[type[nn.Module], ...]] = DENSE
 
     rank: Count | None = Field(None, description="columns of U and rows of V, at most the shorter side of W")
     ratio: Annotated[float, Field(gt=1)] | None = Field(
@@ -81,10 +79,10 @@ class LowRank(SitePass):
 
         Raises PassError K460 (rank too large), K461 (no rank is small enough for `ratio` or `params`).
         """
-        if reason := _unsupported(site.module):
+        if reason := unsupported(site.module, self.kind):
             return Skip(reason)
         rank = self._rank(site)
-        m, n = _weight(site.module).shape
+        m, n = weight_of(site.module).shape
         if rank * (m + n) >= m * n:
             return Skip(f"its factors would have {rank * (m + n):,} parameters, the weight has {m * n:,}")
         return self.model_copy(update={"rank": rank, "ratio": None, "params": None})
@@ -97,21 +95,21 @@ class LowRank(SitePass):
         assert resolved.rank is not None
         module, old = site.module, site.module.get_parameter("weight")
         try:
-            factors = _factors(_weight(module), resolved.rank, site.seed)
+            factors = _factors(weight_of(module), resolved.rank, site.seed)
         except PassError as error:
-            raise _at(site, error) from error
+            raise located(site, error) from error
         u, v = (nn.Parameter(factor, old.requires_grad) for factor in factors)
         if isinstance(module, nn.Embedding):
             return LowRankEmbedding(u, v, module.padding_idx).train(module.training)
-        return LowRankLinear(u, v, _bias(module)).train(module.training)
+        return LowRankLinear(u, v, bias_of(module)).train(module.training)
 
     def _rank(self, site: Site) -> int:
         """Return the rank given, or the largest within the budget."""
-        m, n = _weight(site.module).shape
+        m, n = weight_of(site.module).shape
         if self.rank is not None:
             _check_rank(site.fqn, self.rank, m, n)
             return self.rank
-        bias = _bias(site.module)
+        bias = bias_of(site.module)
         fixed = 0 if bias is None else bias.numel()
         budget = self.params if self.ratio is None else int((m * n + fixed) / self.ratio)
         assert budget is not None
@@ -149,28 +147,3 @@ def _factors(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
         return weight.new_empty(m, rank), weight.new_empty(rank, n)
     columns, rows = nearest_product(weight, (m, 1), (1, n), rank, seed)
     return columns.squeeze(2).T.to(weight.dtype).contiguous(), rows.squeeze(1).to(weight.dtype).contiguous()
-
-
-def _unsupported(module: nn.Module) -> str:
-    """Return why `module` cannot be factored, or nothing."""
-    if type(module) not in LowRank.accepts:
-        return f"is a {type(module).__name__}; low-rank treats Linear, Conv1D and Embedding, not subclasses"
-    used = [name for name in UNTREATED if getattr(module, name, None)]
-    return f"is an embedding with {used[0]}, which acts on whole rows" if used else ""
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """Return the weight as [out, in]; Conv1D stores it as [in, out]."""
-    weight = module.get_parameter("weight")
-    return weight.t() if isinstance(module, Conv1D) else weight
-
-
-def _bias(module: nn.Module) -> nn.Parameter | None:
-    bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, nn.Parameter) else None
-
-
-def _at(site: Site, error: PassError) -> PassError:
-    """Return `error` with the module's name in front of each message."""
-    problems = [replace(problem, message=f"{site.fqn}: {problem.message}") for problem in error.problems]
-    return PassError(problems=problems)
