@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from kroncc.errors import PassError
-from kroncc.rewrite.base import Pass, Site, SitePass, Skip
+from kroncc.graph.model_graph import ModelGraph
+from kroncc.graph.rewriter import Rewriter
+from kroncc.rewrite.base import Calibration, Pass, Resolved, Site, SitePass, SiteStats, Skip, TreePass
 
-__all__ = ["Pass", "PassError", "Site", "SitePass", "Skip"]
+__all__ = [
+    "Calibration",
+    "ModelGraph",
+    "Pass",
+    "PassError",
+    "Resolved",
+    "Rewriter",
+    "Site",
+    "SitePass",
+    "SiteStats",
+    "Skip",
+    "TreePass",
+]

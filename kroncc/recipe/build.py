@@ -16,9 +16,7 @@ from kroncc.recipe.schema import (
     SCOPE_KEYS,
     STEP_KINDS,
     Action,
-    Compress,
     DataSpec,
-    Distill,
     LossSpec,
     ModelSpec,
     Recipe,
@@ -100,10 +98,8 @@ class Draft:
 def schema_of(kind: type[BaseModel]) -> Schema:
     """Return the JSON Schema of one part of the recipe as it is written, before short forms are unfolded."""
     schema = kind.model_json_schema()
-    if kind is Compress:
-        schema["properties"]["passes"]["items"] = {}
-    elif kind is Distill:
-        schema["properties"]["losses"]["items"] = {}
+    for key in LISTS.keys() & schema["properties"].keys():
+        schema["properties"][key]["items"] = {}
     return schema
 
 
@@ -176,22 +172,23 @@ def _step(draft: Draft, part: Any, path: Path) -> Action | None:
     kind, body = kinds[0], part[kinds[0]]
     if isinstance(body, dict):
         draft.bodies[str(path[-1])] = (kind, body)
-    if isinstance(body, dict) and kind == "compress":
-        body = _unfold(draft, body, "passes", (*path, kind), _pass_call)
-    elif isinstance(body, dict) and kind == "distill":
-        body = _unfold(draft, body, "losses", (*path, kind), _loss)
+    if isinstance(body, dict):
+        body = _unfold(draft, body, (*path, kind))
     return None if body is None else draft.make(STEP_KINDS[kind], body, (*path, kind))
 
 
-def _unfold(draft: Draft, body: dict[str, Any], key: str, path: Path, one: Any) -> dict[str, Any] | None:
-    """Unfold the entries of a list written `- NAME: {...}`; None where one of them is wrong."""
-    if not isinstance(body.get(key), list):
-        return body
+def _unfold(draft: Draft, body: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """Unfold the entries of lists written `- NAME: {...}`; None where one of them is wrong."""
+    step = STEP_KINDS[str(path[-1])]
+    listed = [key for key in LISTS if key in step.model_fields and isinstance(body.get(key), list)]
     before = len(draft.problems)
-    entries = [_entry(draft, entry, (*path, key, index), one) for index, entry in enumerate(body[key])]
+    unfolded = {
+        key: [_entry(draft, entry, (*path, key, index), LISTS[key]) for index, entry in enumerate(body[key])]
+        for key in listed
+    }
     if len(draft.problems) == before:
-        return {**body, key: entries}
-    draft.check({**body, key: [{}]}, schema_of(Compress if key == "passes" else Distill), path)
+        return {**body, **unfolded}
+    draft.check({**body, **{key: [{}] for key in listed}}, schema_of(step), path)
     return None
 
 
@@ -251,3 +248,7 @@ def loss_schema(kind: str) -> Schema:
         unused.add("temperature")
     properties = {key: part for key, part in schema["properties"].items() if key not in unused}
     return {**schema, "properties": properties, "required": []}
+
+
+LISTS: Mapping[str, Any] = {"passes": _pass_call, "losses": _loss, "during": _pass_call}
+"""Lists of a step that are written `- NAME: {...}`, and what unfolds one entry."""

@@ -21,7 +21,7 @@ from kroncc.recipe.expect import Expectation, parse_expectation
 from kroncc.recipe.node import Path
 from kroncc.recipe.targets import parse_target
 
-MAKERS = ("compress", "finetune", "distill", "export")
+MAKERS = ("compress", "finetune", "distill", "reconstruct", "export")
 MODEL_KEYS = ("model", "student", "teacher", "models", "against")
 Body = Mapping[str, Any]
 
@@ -76,6 +76,15 @@ def _entries(body: Body, key: str) -> Iterator[tuple[str, Body, Path]]:
                 yield name, options, (key, index, name)
 
 
+def _data(body: Body) -> Iterator[tuple[str, Path]]:
+    """Yield the data sets that a step names, its own and that of `calibrate`, each with its path."""
+    if isinstance(body.get("data"), str):
+        yield body["data"], ("data",)
+    calibrate = body.get("calibrate")
+    if isinstance(calibrate, dict) and isinstance(calibrate.get("data"), str):
+        yield calibrate["data"], ("calibrate", "data")
+
+
 def _makers(draft: Draft) -> list[str]:
     """Return the names of the steps that make a model, or may make one."""
     return [name for name in draft.written_steps if draft.bodies.get(name, ("distill",))[0] in MAKERS]
@@ -122,15 +131,15 @@ def _check_inputs(draft: Draft, name: str, body: Body, path: Path) -> None:
             draft.note("K161", where, message, "base or a step that makes a model")
         else:
             _known(draft, "K160", "step", model, [names.BASE, *_makers(draft)], where)
-    if isinstance(body.get("data"), str):
-        _known(draft, "K164", "data set", body["data"], draft.written_data, (*path, "data"))
+    for data, below in _data(body):
+        _known(draft, "K164", "data set", data, draft.written_data, (*path, *below))
 
 
 def _check_targets(draft: Draft, body: Body, path: Path) -> None:
     for key in ("freeze", "copy_from_teacher"):
         for text, below in _texts(body, key):
             _collect(draft, partial(parse_target, text), path + below)
-    for _, options, where in _entries(body, "passes"):
+    for _, options, where in (*_entries(body, "passes"), *_entries(body, "during")):
         for text, below in (found for key in ("targets", "exclude") for found in _texts(options, key)):
             _collect(draft, partial(parse_target, text), path + where + below)
 
@@ -257,7 +266,7 @@ def _check_unused(draft: Draft, templates: Mapping[str, str], expectations: Sequ
                 "use, evaluate or export its model, or remove the step",
             )
             draft.note("K165", ("steps", name), message, "steps that lead to a result", remedy, at_key=True)
-    data = {body.get("data") for _, body in draft.bodies.values() if isinstance(body.get("data"), str)}
+    data = {data for _, body in draft.bodies.values() for data, _ in _data(body)}
     for name in draft.written_data if "K164" not in known else ():
         if name not in data:
             message = f"no step uses data {name!r}"

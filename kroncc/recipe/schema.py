@@ -106,6 +106,16 @@ class LossSpec(Strict):
     )
 
 
+class CalibrationSpec(Strict):
+    """The rows that passes measure a model on, before they rewrite it."""
+
+    data: str
+    split: str = "train"
+    rows: Positive = Field(512, description="so many rows, drawn by seed")
+    batch_size: Positive = 32
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
 class Training(Strict):
     """Options of the one training loop."""
 
@@ -126,6 +136,9 @@ class Training(Strict):
     freeze: Texts = Field(default_factory=list, description="targets whose parameters do not train")
     checkpoint_every: Positive = Field(200, description="optimiser steps between checkpoints")
     evaluate_every: Positive | None = Field(None, description="optimiser steps between evaluations")
+    during: list[PassCall] = Field(
+        default_factory=list, description="passes that work while the step trains, and are settled at its end"
+    )
 
     @model_validator(mode="after")
     def _has_length(self) -> Training:
@@ -139,6 +152,9 @@ class Compress(Strict):
 
     model: str
     passes: Annotated[list[PassCall], Field(min_length=1)]
+    calibrate: CalibrationSpec | None = Field(
+        None, description="rows for passes that want to know what flows through a module"
+    )
 
 
 class Finetune(Training):
@@ -157,6 +173,23 @@ class Distill(Training):
         default_factory=list, description="targets whose weights start from the teacher's, e.g. '@head'"
     )
     cache_teacher: bool = Field(False, description="store teacher outputs on disk for repeated epochs")
+
+
+class Reconstruct(Strict):
+    """Fit a compressed model to its teacher block after block, without a pass through the whole model.
+
+    A block gets its inputs from the blocks before it, already fitted, and the teacher's outputs as targets.
+    """
+
+    student: str
+    teacher: str
+    data: str
+    split: str = "train"
+    rows: Positive = Field(2048, description="so many rows, drawn by seed; no labels are read")
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class Evaluate(Strict):
@@ -178,11 +211,12 @@ class Export(Strict):
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
 
 
-Action = Compress | Finetune | Distill | Evaluate | Export
+Action = Compress | Finetune | Distill | Reconstruct | Evaluate | Export
 STEP_KINDS: dict[str, type[Action]] = {
     "compress": Compress,
     "finetune": Finetune,
     "distill": Distill,
+    "reconstruct": Reconstruct,
     "evaluate": Evaluate,
     "export": Export,
 }
@@ -204,7 +238,7 @@ def inputs_of(action: Action) -> tuple[str, ...]:
     match action:
         case Compress() | Finetune() | Export():
             return (action.model,)
-        case Distill():
+        case Distill() | Reconstruct():
             return (action.student, action.teacher)
         case Evaluate():
             return (*action.models, *([action.against] if action.against else []))
