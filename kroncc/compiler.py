@@ -9,17 +9,18 @@ import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
-from kroncc.data.labels import Labels
 from kroncc.data.sources import is_hub
 from kroncc.data.splits import open_data
 from kroncc.errors import DataError, KronccError
 from kroncc.hashing import content_hash
 from kroncc.model.source import resolve
 from kroncc.plan.dag import order
-from kroncc.plan.measures import CLASSES, NUMBERS
+from kroncc.plan.effort import Effort
 from kroncc.plan.models import BASE, Models
+from kroncc.plan.preflight import DataFacts, check_expectations, check_exports, check_source, check_step
 from kroncc.plan.stages import ModelReport, Plan, Stage, StageKind
 from kroncc.recipe.expect import parse_expectation
 from kroncc.recipe.loader import Loaded
@@ -46,36 +47,31 @@ KINDS: dict[type[Action], StageKind] = {
 LIBRARIES = ("kroncc", "torch", "transformers")
 DEFAULT_TASK = "feature-extraction"
 NO_FILE = "K602"
+NO_RESULT = ("checkpoint_every", "evaluate_every")  # options that leave the trained model as it is
 
 
-@dataclass(frozen=True)
-class DataFacts:
-    """What the plan knows of a data set that could be opened: its content and its rows a split."""
-
-    fingerprint: str
-    rows: Mapping[str, int]
-    labels: Labels | None
-
-
-def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
+def compile_recipe(loaded: Loaded, *, offline: bool = False, directory: Path | None = None) -> Plan:
     """Return the plan of a recipe; every mistake that can be found without weights is raised here.
 
     With `offline`, what cannot be read is noted as unread (`sources` holds None) instead of raising: data of
     the hub, files that are not there, a model whose `config` is given. Such a plan shows shapes and costs,
-    and cannot be run.
+    and cannot be run. `directory` is the run directory, where it is known.
     """
     recipe, root = loaded.recipe, loaded.path.parent
-    with _at(loaded, ""):
+    with _at(loaded, "model.source"):
         origin = resolve(recipe.model, root, cached=offline and recipe.model.config is not None)
         if not offline and origin.fingerprint is None:
             origin.fetch(weights=False)  # says that there is no model to run
+        check_source(origin, recipe, offline=offline)
+    with _at(loaded, ""):
+        check_exports(recipe.steps, root, origin.directory, directory, offline=offline)
     lengths = [spec.max_length for spec in recipe.data.values()]
     models = Models(origin, recipe.model.task or DEFAULT_TASK)
     with _at(loaded, "model"):
         models.add_base(recipe.model.labels, lengths)
     facts = {name: _data_facts(loaded, name, spec, offline) for name, spec in recipe.data.items()}
     source = origin.fingerprint or content_hash(recipe.model.model_dump(mode="json"))
-    stages: dict[str, Stage] = {}
+    effort, stages = Effort(models), dict[str, Stage]()
     needs = {
         name: [model for model in inputs_of(action) if model != BASE] for name, action in recipe.steps.items()
     }
@@ -83,9 +79,10 @@ def compile_recipe(loaded: Loaded, *, offline: bool = False) -> Plan:
         action = recipe.steps[name]
         with _at(loaded, f"steps.{name}.{_kind_name(action)}"):
             models.add(name, action)
-            _check_split(action, facts)
-            _check_labels(name, action, models, facts)
-        stages[name] = _stage(name, recipe, models, facts, stages, source)
+            check_step(name, action, models, facts)
+        stages[name] = _stage(name, recipe, effort, facts, stages, source)
+    with _at(loaded, ""):
+        check_expectations(recipe, models)
     return Plan(
         name=recipe.name,
         recipe=recipe.model_dump(mode="json", exclude_defaults=True),
@@ -114,6 +111,7 @@ def static_values(reports: Mapping[str, ModelReport]) -> dict[str, float]:
         values[f"{name}.params"] = report.params
         values[f"{name}.bytes"] = report.bytes
         values[f"{name}.flops"] = report.flops.total
+        values[f"{name}.flops.total"] = report.flops.total
         values[f"{name}.flops.linear"] = report.flops.linear
     return values
 
@@ -130,7 +128,8 @@ def _at(loaded: Loaded, path: str) -> Iterator[None]:
     except KronccError as error:
         placed = []
         for problem in error.problems:
-            full = ".".join(filter(None, (path, problem.path)))
+            is_full = problem.path.startswith("model.")  # errors of the source know where they belong
+            full = problem.path if is_full else ".".join(filter(None, (path, problem.path)))
             placed.append(replace(problem, path=full, place=problem.place or loaded.places.find(full)))
         raise type(error)(problems=placed) from error
 
@@ -148,55 +147,10 @@ def _data_facts(loaded: Loaded, name: str, spec: DataSpec, offline: bool) -> Dat
     return DataFacts(data.fingerprint(), data.rows(), data.labels)
 
 
-def _check_split(action: Action, facts: Mapping[str, DataFacts | None]) -> None:
-    """Raise `DataError` K607 where a step reads a split that its data does not have."""
-    if not isinstance(action, Training | Evaluate):
-        return
-    known = facts[action.data]
-    if known is not None and action.split not in known.rows:
-        raise DataError(
-            f"data {action.data!r} has no split {action.split!r}",
-            code="K607",
-            path="split",
-            expected=f"one of {', '.join(known.rows)}",
-            remedy=f"name its files under data.{action.data}.files, or set validation_fraction there",
-        )
-
-
-def _check_labels(name: str, action: Action, models: Models, facts: Mapping[str, DataFacts | None]) -> None:
-    """Raise `DataError` where a step reads labels that its data lacks (K624) or its head cannot give."""
-    if not models.task.endswith("classification") or not _reads_labels(action):
-        return
-    data = str(getattr(action, "data", ""))
-    known = facts[data]
-    if known is None:
-        return
-    if known.labels is None:
-        raise DataError(
-            f"data {data!r} has no labels, which this step needs",
-            code="K624",
-            path="data",
-            remedy=f"set data.{data}.label to its label column",
-        )
-    for model in action.models if isinstance(action, Evaluate) else (name,):
-        known.labels.check_head(models.head(model), data)
-
-
-def _reads_labels(action: Action) -> bool:
-    match action:
-        case Finetune():
-            return True
-        case Distill():
-            return any(loss.kind == "task" for loss in action.losses)
-        case Evaluate():
-            return bool({*CLASSES, *NUMBERS} & set(action.metrics))
-    return False
-
-
 def _stage(
     name: str,
     recipe: Recipe,
-    models: Models,
+    effort: Effort,
     facts: Mapping[str, DataFacts | None],
     done: Mapping[str, Stage],
     source: str,
@@ -205,16 +159,17 @@ def _stage(
     action = recipe.steps[name]
     data = getattr(action, "data", None)
     known = facts.get(data) if data else None
-    report = models.reports.get(name)
+    report = effort.models.reports.get(name)
     options = action.model_dump(mode="json", exclude_none=True)
     identity = {
         "kind": KINDS[type(action)],
-        "options": options,
+        "options": {key: value for key, value in options.items() if key not in NO_RESULT},
         "structure": report.structure.model_dump(mode="json", by_alias=True) if report else None,
         "inputs": [done[model].hash if model in done else source for model in inputs_of(action)],
         "data": [recipe.data[data].model_dump(mode="json"), known and known.fingerprint] if data else None,
     }
     steps = _steps(action, known)
+    length = recipe.data[data].max_length if data else effort.models.length
     return Stage(
         name=name,
         kind=KINDS[type(action)],
@@ -222,7 +177,7 @@ def _stage(
         options=options,
         seed=getattr(action, "seed", 0),
         steps=steps,
-        flops=_training_flops(name, action, models, steps),
+        flops=effort.training_flops(name, action, steps, length),
         hash=content_hash(identity),
     )
 
@@ -237,13 +192,3 @@ def _steps(action: Action, facts: DataFacts | None) -> int | None:
         return None
     batches = math.ceil(facts.rows.get(action.split, 0) / action.batch_size)
     return math.ceil(batches / action.accumulate * action.epochs)
-
-
-def _training_flops(name: str, action: Action, models: Models, steps: int | None) -> int | None:
-    """Return an upper bound of a stage's FLOPs: full-length rows, a backward pass at twice the forward."""
-    if steps is None or not isinstance(action, Training):
-        return None
-    one = 3 * models.reports[name].flops.total
-    if isinstance(action, Distill):
-        one += models.reports[action.teacher].flops.total
-    return steps * action.batch_size * action.accumulate * one

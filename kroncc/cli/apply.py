@@ -35,8 +35,8 @@ def apply(
         from kroncc.run.accelerators import is_main_process
         from kroncc.run.executor import execute
 
-        plan, root = _plan(recipe, tuple(overrides or ()))
-        directory = output or Path("runs") / plan.name
+        plan, root = _plan(recipe, tuple(overrides or ()), output)
+        directory = _directory(output, plan.name)
         if recipe.suffix != ".json":
             plan = plan.saved_in(directory, recipe, tuple(overrides or ()))
         result = execute(plan, directory, root, until=until, fresh=fresh, reporter=ConsoleReporter())
@@ -47,7 +47,11 @@ def apply(
         out.print(f"results: {directory}")
 
 
-def _plan(path: Path, overrides: tuple[str, ...]) -> tuple[Plan, Path]:
+def _directory(output: Path | None, name: str) -> Path:
+    return output or Path("runs") / name
+
+
+def _plan(path: Path, overrides: tuple[str, ...], output: Path | None) -> tuple[Plan, Path]:
     """Return the plan to run and the directory that data files are relative to."""
     from kroncc.compiler import compile_recipe
     from kroncc.errors import PlanError
@@ -57,7 +61,8 @@ def _plan(path: Path, overrides: tuple[str, ...]) -> tuple[Plan, Path]:
 
     if path.suffix != ".json":
         loaded = load_recipe(path, overrides=overrides, passes=schemas())
-        return compile_recipe(loaded), loaded.path.parent
+        directory = _directory(output, loaded.recipe.name)
+        return compile_recipe(loaded, directory=directory), loaded.path.parent
     if overrides:
         raise PlanError(
             "a saved plan takes no --set", code="K724", remedy="apply the recipe, or plan it again"
@@ -71,5 +76,5 @@ def _plan(path: Path, overrides: tuple[str, ...]) -> tuple[Plan, Path]:
             remedy="a plan is checked against its recipe before it runs; put it back or plan again",
         )
     loaded = load_recipe(recipe, overrides=saved.overrides, passes=schemas())
-    check_fresh(saved, compile_recipe(loaded))
+    check_fresh(saved, compile_recipe(loaded, directory=_directory(output, saved.name)))
     return saved, loaded.path.parent

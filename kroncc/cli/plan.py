@@ -36,7 +36,8 @@ def plan(
         from kroncc.rewrite.registry import schemas
 
         loaded = load_recipe(recipe, overrides=tuple(overrides or ()), passes=schemas())
-        compiled = compile_recipe(loaded, offline=dry_run)
+        run = Path("runs") / loaded.recipe.name
+        compiled = compile_recipe(loaded, offline=dry_run, directory=run)
     _show(compiled, format_)
     unmet = False in compiled.expectations.values()
     if dry_run:

@@ -165,9 +165,9 @@ def _writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise _write_error(directory, str(error), _errno_in(str(error))) from error
+        raise write_error(directory, str(error), _errno_in(str(error))) from error
     except OSError as error:
-        raise _write_error(directory, error.strerror or str(error), error.errno) from error
+        raise write_error(directory, error.strerror or str(error), error.errno) from error
 
 
 def _errno_in(text: str) -> int | None:
@@ -176,7 +176,8 @@ def _errno_in(text: str) -> int | None:
     return int(number) if number.isdigit() else None
 
 
-def _write_error(directory: Path, reason: str, number: int | None) -> RunError:
+def write_error(directory: Path, reason: str, number: int | None) -> RunError:
+    """Return the error for what the system said (`reason`, errno `number`) about writing a model."""
     remedy = "free space, or give another directory; what was there before is kept"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return RunError(f"no room to write the model to {directory}: {reason}", code="K803", remedy=remedy)

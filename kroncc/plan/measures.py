@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kroncc.errors import PlanError, did_you_mean
+from kroncc.errors import DataError, PlanError, did_you_mean
 from kroncc.recipe.names import METRICS
 
 LATENCY = "latency"  # of any task; measured apart from the outputs
@@ -18,6 +18,26 @@ FITS: Mapping[str, tuple[str, ...]] = {
     "fill-mask": ("accuracy", "perplexity", "fidelity"),
     "text-generation": ("accuracy", "perplexity", "fidelity"),
 }
+
+
+def fidelity_parts(task: str, head: int) -> tuple[str, ...]:
+    """Return the figures of fidelity that a task gives; `head` counts the outputs of a classifier."""
+    if task == "feature-extraction":
+        return ("cosine", "rank_correlation")
+    return ("rank_correlation",) if task.endswith("classification") and head == 1 else ("agreement", "kl")
+
+
+def check_kind(metrics: Sequence[str], regression: bool, head: int) -> None:
+    """Raise `DataError` K623 for a metric of classes on labels that are numbers, or the other way round."""
+    wrong = [metric for metric in metrics if metric in (CLASSES if regression else NUMBERS)]
+    if wrong and (regression or head > 1):
+        kind = "numbers with a fraction" if regression else "classes"
+        raise DataError(
+            f"{wrong[0]} does not fit labels that are {kind}",
+            code="K623",
+            path="metrics",
+            expected=", ".join(NUMBERS if regression else CLASSES),
+        )
 
 
 def check_metrics(metrics: Sequence[str], task: str) -> None:

@@ -30,6 +30,12 @@ def needed_taps(specs: Sequence[LossSpec]) -> tuple[tuple[str, ...], tuple[str, 
     return taps, taps
 
 
+def all_taps(specs: Sequence[LossSpec]) -> list[str]:
+    """Return every tap that a training stage reads of its student, the logits among them."""
+    taps = list(needed_taps(specs)[0])
+    return [*taps, "logits"] if any(spec.kind == "task" or spec.at == "logits" for spec in specs) else taps
+
+
 def weight_at(spec: LossSpec, progress: float) -> float:
     """Return the weight of a term at `progress` (0..1): straight lines between points, level outside them."""
     if isinstance(spec.weight, float | int):

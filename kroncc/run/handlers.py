@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kroncc.errors import RunError
 from kroncc.model.replay import structure_of
 from kroncc.model.save import save_model, write_model
+from kroncc.plan.preflight import cannot_export, export_refused
 from kroncc.plan.stages import Stage, StageKind
 from kroncc.recipe.names import BASE
 from kroncc.recipe.schema import Compress, Distill, Evaluate, Export, Finetune, Training
@@ -123,20 +124,10 @@ def exported(context: Context, stage: Stage, path: Path | None) -> Outcome:
 def _export_target(context: Context, to: str) -> Path:
     """Return where `to` points; K827 for the source, the run directory, and what no export wrote."""
     target = (context.root / to).resolve()
-    source, run = context.location(BASE).resolve(), context.store.directory.resolve()
-    exported_before = (target / "report.json").is_file()
-    if target == source or target.is_relative_to(run) or run.is_relative_to(target):
-        what = "is the source model" if target == source else "overlaps the run directory"
-    elif target.is_dir() and any(target.iterdir()) and not exported_before:
-        what = "is not empty and was not written by an export"
-    else:
-        return target
-    raise RunError(
-        f"cannot export to {target}: it {what}",
-        code="K827",
-        expected="a new or empty directory, or one of an earlier export",
-        remedy="change `to`",
-    )
+    what = export_refused(target, context.location(BASE), context.store.directory)
+    if what is not None:
+        raise RunError(problems=cannot_export(target, what).problems)
+    return target
 
 
 HANDLERS: Mapping[StageKind, Handler] = {

@@ -18,11 +18,12 @@ from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.roles import module_infos
 from kroncc.graph.taps import TapOutput, Tapped, with_taps
 from kroncc.plan.stages import Stage
+from kroncc.plan.terms import all_taps
 from kroncc.recipe.schema import Distill, Finetune, LossSpec, Scope, Training
 from kroncc.recipe.targets import select
 from kroncc.run.accelerators import is_main_process, wait_for_everyone
 from kroncc.run.context import Context
-from kroncc.run.losses import Losses, build_losses, needed_taps, shapes_of
+from kroncc.run.losses import Losses, build_losses, shapes_of
 from kroncc.run.steps import Batch, batch_count
 from kroncc.run.teacher_cache import build_cache, open_cache
 from kroncc.run.train import Teacher, TrainJob
@@ -66,7 +67,7 @@ def lesson(context: Context, stage: Stage, action: Training) -> tuple[PreTrained
         teacher = _graph(context, context.load(action.teacher), batch)
         _copy(action.copy_from_teacher, student, teacher)
     _freeze(action.freeze, student)
-    tapped = [with_taps(graph, _taps(specs), outputs=False) for graph in (student, teacher) if graph]
+    tapped = [with_taps(graph, all_taps(specs), outputs=False) for graph in (student, teacher) if graph]
     shapes = [shapes_of(_probe(one, batch)) for one in tapped]
     losses = build_losses(specs, *shapes, causal=context.task == "text-generation", seed=stage.seed)
     job = TrainJob(
@@ -82,11 +83,6 @@ def lesson(context: Context, stage: Stage, action: Training) -> tuple[PreTrained
         validation=_validation(context, action, model, name),
     )
     return model, job
-
-
-def _taps(specs: Sequence[LossSpec]) -> list[str]:
-    taps = list(needed_taps(specs)[0])
-    return [*taps, "logits"] if any(spec.kind == "task" or spec.at == "logits" for spec in specs) else taps
 
 
 def _graph(context: Context, model: PreTrainedModel, batch: Batch) -> ModelGraph:
@@ -177,7 +173,7 @@ def _fill_cache(
     directory, lengths = context.store.cache(stage.name), source.data.lengths.tolist()
     if is_main_process() and open_cache(directory, stage.hash, lengths) is None:
         why = _no_use(context, action, source) or build_cache(
-            directory, stage.hash, live, source, _taps(action.losses), lengths
+            directory, stage.hash, live, source, all_taps(action.losses), lengths
         )
         if why is not None:
             context.reporter.message(f"{stage.name}: teacher outputs are not cached: {why}")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kroncc.data.batching import IGNORED
 from kroncc.data.labels import check_head
 from kroncc.errors import DataError, PlanError
-from kroncc.plan.measures import CLASSES, LANGUAGE, NUMBERS, check_metrics
+from kroncc.plan.measures import LANGUAGE, NUMBERS, check_kind, check_metrics
 from kroncc.run.fidelity import (
     DistributionFidelity,
     EmbeddingFidelity,
@@ -111,15 +111,7 @@ class Evaluation:
     def _check_labels(self, labels: Tensor) -> None:
         regression = labels.is_floating_point()
         check_head(regression, int(labels.max()) if len(labels) else 0, self.head, self.data)
-        wrong = [metric for metric in self.metrics if metric in (CLASSES if regression else NUMBERS)]
-        if wrong and (regression or self.head > 1):
-            kind = "numbers with a fraction" if regression else "classes"
-            raise DataError(
-                f"{wrong[0]} does not fit labels that are {kind}",
-                code="K623",
-                path="metrics",
-                expected=", ".join(NUMBERS if regression else CLASSES),
-            )
+        check_kind(self.metrics, regression, self.head)
 
     def _figure(self, metric: str) -> float:
         outputs, labels = np.concatenate(self._outputs), np.concatenate(self._labels)

@@ -1,0 +1,41 @@
+"""What a training stage costs, before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kroncc.graph.cost import model_cost
+from kroncc.hashing import content_hash
+from kroncc.plan.models import Models
+from kroncc.recipe.schema import Action, Distill, Training
+
+
+@dataclass
+class Effort:
+    """Counts the FLOPs of training stages, each at the `max_length` of its own data."""
+
+    models: Models
+    _known: dict[str, int] = field(default_factory=dict)
+
+    def training_flops(self, name: str, action: Action, steps: int | None, length: int) -> int | None:
+        """Return an upper bound of the FLOPs of step `name`; None for one that does not train.
+
+        Every row counts as `length` tokens, and a backward pass as two forward passes.
+        """
+        if steps is None or not isinstance(action, Training):
+            return None
+        one = 3 * self._forward(name, length)
+        if isinstance(action, Distill):
+            one += self._forward(action.teacher, length)
+        return steps * action.batch_size * action.accumulate * one
+
+    def _forward(self, name: str, length: int) -> int:
+        """Return the FLOPs of one sequence of `length` tokens through a model."""
+        report = self.models.reports[name]
+        if length == self.models.length:
+            return report.flops.total
+        key = content_hash([report.structure.model_dump(), report.labels, length])
+        if key not in self._known:
+            graph = self.models.rebuilt(report.structure, report.labels)
+            self._known[key] = model_cost(graph).flops(1, length).total
+        return self._known[key]
