@@ -21,7 +21,7 @@ from kroncc.plan.dag import order
 from kroncc.plan.effort import Effort
 from kroncc.plan.models import BASE, Models
 from kroncc.plan.preflight import DataFacts, check_expectations, check_exports, check_source, check_step
-from kroncc.plan.stages import ModelReport, Plan, Stage, StageKind
+from kroncc.plan.stages import ModelReport, Plan, Stage, StageKind, costs
 from kroncc.recipe.expect import parse_expectation
 from kroncc.recipe.loader import Loaded
 from kroncc.recipe.schema import (
@@ -108,11 +108,7 @@ def static_values(reports: Mapping[str, ModelReport]) -> dict[str, float]:
     """Return the figures known before any training, as expectations name them: `MODEL.params` and so on."""
     values: dict[str, float] = {}
     for name, report in reports.items():
-        values[f"{name}.params"] = report.params
-        values[f"{name}.bytes"] = report.bytes
-        values[f"{name}.flops"] = report.flops.total
-        values[f"{name}.flops.total"] = report.flops.total
-        values[f"{name}.flops.linear"] = report.flops.linear
+        values |= costs(name, report) if report.settled else {}
     return values
 
 

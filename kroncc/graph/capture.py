@@ -16,7 +16,7 @@ from kroncc.graph.lift import innermost, lift, stack_of
 from kroncc.graph.model_graph import Extras, ModelGraph, copy_graph
 from kroncc.graph.modules import Region
 from kroncc.graph.symbolic import unify, upper_limits
-from kroncc.graph.trace import Trace, place, trace
+from kroncc.graph.trace import Reshape, Trace, place, trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,15 +25,18 @@ __all__ = ["capture", "default_inputs"]
 
 
 def capture(
-    model: PreTrainedModel, inputs: Sequence[str] | Mapping[str, torch.Tensor] | None = None
+    model: PreTrainedModel,
+    inputs: Sequence[str] | Mapping[str, torch.Tensor] | None = None,
+    reshape: Reshape | None = None,
 ) -> ModelGraph:
     """Return the graph of `model`, with symbolic batch and length, bound to the model's own modules.
 
     `model` is a transformers model on meta or with weights. `inputs` names the inputs to trace with, or gives
     example tensors for inputs of no standard shape (dimension 0 is the batch; dimension 1 of integer inputs
-    is a length); the default is what the model's tokenizer or image processor gives. Raises CaptureError.
+    is a length); the default is what the model's tokenizer or image processor gives. A model whose tree is no
+    longer that of its config gives `reshape`, which makes it of a fresh one on meta. Raises CaptureError.
     """
-    traced = trace(model, example_inputs(model, inputs))
+    traced = trace(model, example_inputs(model, inputs), reshape)
     graph, constants = lift(traced)
     extras: Extras = dict(constants)
     limits = upper_limits(graph, traced.program.range_constraints)

@@ -95,6 +95,11 @@ class Rewriter:
             if self.mg.calls(alias):
                 _set(self.mg.module, alias, module)
 
+    def adopt(self, captured: ModelGraph) -> None:
+        """Take over the graph of `captured`, made for the tree as it is now, in the place of the old one."""
+        fresh = captured.bind(self.mg.model)
+        self.mg.module, self.mg.extras, self.mg.limits = fresh.module, fresh.extras, fresh.limits
+
     def insert_call(self, after: fx.Node, name: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
         """Add a module to the graph view under `name` and call it right after a node; return the call.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from kroncc.errors import CaptureError
 from kroncc.graph.inputs import dynamic_shapes
 from kroncc.graph.quiet import quiet
+
+Reshape = Callable[[nn.Module], None]
 
 GIVE_INPUTS = (
     "pass the inputs that the model needs: capture(model, [names]) or capture(model, {name: tensor})"
@@ -65,8 +67,11 @@ class Trace:
     calls: Calls
 
 
-def skeleton_of(model: Any) -> Any:
-    """Return a meta model of the same class, config and dtypes, in train mode, without a cache."""
+def skeleton_of(model: Any, reshape: Reshape | None = None) -> Any:
+    """Return a meta model of the same class, config and dtypes, in train mode, without a cache.
+
+    `reshape` changes the fresh tree as that of `model` was changed.
+    """
     config = copy.deepcopy(model.config)
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
         if part is not None:
@@ -77,6 +82,8 @@ def skeleton_of(model: Any) -> Any:
         config._attn_implementation = "sdpa"
     with torch.device("meta"):
         skeleton = type(model)._from_config(config, dtype=model.dtype)
+        if reshape is not None:
+            reshape(skeleton)
     _align_dtypes(skeleton, model)
     return skeleton.train()
 
@@ -131,10 +138,10 @@ def place(fqn: str) -> str:
     return f"module {fqn!r}" if fqn else "the model's own forward"
 
 
-def trace(model: Any, examples: Mapping[str, torch.Tensor]) -> Trace:
+def trace(model: Any, examples: Mapping[str, torch.Tensor], reshape: Reshape | None = None) -> Trace:
     """Export a meta copy of `model` with symbolic batch and length. Raises CaptureError (K300 to K303)."""
     with quiet():
-        skeleton = skeleton_of(model)
+        skeleton = skeleton_of(model, reshape)
         with _watched(skeleton) as calls, _KeepConstants():
             try:
                 program = torch.export.export(

@@ -80,6 +80,28 @@ def verify(
         raise _broken("K445", f"nothing reads {', '.join(lost[:5])}", "no orphan parameters", "remove them")
 
 
+def verify_reshaped(mg: ModelGraph, before: GraphStructure) -> None:
+    """Check a model graph that was captured again after its tree changed.
+
+    Inputs stay; outputs keep their names and types, and may differ in the last extent alone (a narrower
+    hidden state). Ties are those that the new tree has. Raises PassError as `verify`.
+    """
+    verify(mg)
+    now = structure_of(mg)
+    loose = [tuple((name, text.rpartition(",")[0]) for name, text in side.outputs) for side in (before, now)]
+    if before.inputs != now.inputs or loose[0] != loose[1]:
+        raise _broken(
+            "K443",
+            "the inputs or outputs of the model changed",
+            f"{_text(before.inputs)} -> {_text(before.outputs)}",
+            f"got {_text(now.inputs)} -> {_text(now.outputs)}",
+        )
+    had = before.tensors.keys() - before.uncalled
+    lost = sorted(name for name in now.uncalled - before.uncalled if name in had)
+    if lost:
+        raise _broken("K445", f"nothing reads {', '.join(lost[:5])}", "no orphan parameters", "remove them")
+
+
 def _broken(
     code: str, message: str, expected: str, remedy: str = "report this to the owner of the pass"
 ) -> PassError:

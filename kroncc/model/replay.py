@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from kroncc.errors import ModelError, PassError, did_you_mean
+from kroncc.errors import KronccError, ModelError, PassError, did_you_mean
 from kroncc.model.ties import declare_ties, tie_declared, tied_modules
-from kroncc.rewrite.base import Pass, Site, SitePass, Skip
+from kroncc.rewrite.base import Pass, Site, SitePass, Skip, TreePass
 from kroncc.rewrite.registry import get_pass
 from kroncc.rewrite.structure import STRUCTURE_VERSION, AppliedPass, Structure
 from kroncc.rewrite.treat import FAULTS, Treated, treat
@@ -90,6 +90,7 @@ def without_resized(structure: Structure, before: nn.Module, after: nn.Module) -
     """Return `structure` without the modules whose weights differ in shape between two dense models.
 
     `before` and `after` are one model with two numbers of labels: what depends on them starts anew, dense.
+    Tree passes stay: they leave the extents that they do not cut as they find them.
     """
     shapes = {name: parameter.shape for name, parameter in before.named_parameters(remove_duplicate=False)}
     resized = {
@@ -98,7 +99,9 @@ def without_resized(structure: Structure, before: nn.Module, after: nn.Module) -
         if shapes.get(name) != parameter.shape
     }
     kept = (
-        applied.model_copy(update={"sites": tuple(site for site in applied.sites if site not in resized)})
+        applied
+        if issubclass(get_pass(applied.name), TreePass)
+        else applied.model_copy(update={"sites": tuple(s for s in applied.sites if s not in resized)})
         for applied in structure.passes
     )
     return Structure(passes=tuple(applied for applied in kept if applied.sites))
@@ -118,6 +121,8 @@ def set_module(model: nn.Module, fqn: str, module: nn.Module) -> None:
 def _replay_pass(model: nn.Module, applied: AppliedPass, replaced: dict[str, nn.Module]) -> AppliedPass:
     """Apply one pass to all of its sites; return it with their names in `model`, note what it took out."""
     pass_ = _build(applied)
+    if isinstance(pass_, TreePass):
+        return _replay_tree(model, pass_, applied)
     sites = tuple(fqn for site in applied.sites if (fqn := _locate(model, site)) is not None)
     done: set[str] = set()
     for fqn in sites:
@@ -132,6 +137,18 @@ def _replay_pass(model: nn.Module, applied: AppliedPass, replaced: dict[str, nn.
     return applied.model_copy(update={"sites": sites})
 
 
+def _replay_tree(model: nn.Module, pass_: TreePass, applied: AppliedPass) -> AppliedPass:
+    """Rewrite the tree; its lists follow the sites, so a site that this model lacks keeps its place."""
+    sites = tuple(_locate(model, site) or site for site in applied.sites)
+    try:
+        pass_.rewrite(model, sites)
+    except KronccError:
+        raise
+    except Exception as error:
+        raise _misfit(pass_, sites[0], f"{type(error).__name__}: {error}") from error
+    return applied.model_copy(update={"sites": sites})
+
+
 def _rewritten(pass_: SitePass, site: Site, model: nn.Module) -> dict[str, nn.Module]:
     """Return the new modules of one site and of the modules tied to it, by FQN."""
     try:
@@ -139,13 +156,13 @@ def _rewritten(pass_: SitePass, site: Site, model: nn.Module) -> dict[str, nn.Mo
     except PassError as error:
         if error.problems[0].code in FAULTS:
             raise
-        raise _misfit(pass_, site, error.problems[0].message) from error
+        raise _misfit(pass_, site.fqn, error.problems[0].message) from error
     if isinstance(outcome, Skip):
-        raise _misfit(pass_, site, outcome.reason)
+        raise _misfit(pass_, site.fqn, outcome.reason)
     return {site.fqn: outcome.module, **outcome.partners}
 
 
-def _build(applied: AppliedPass) -> SitePass:
+def _build(applied: AppliedPass) -> SitePass | TreePass:
     """Return the pass with its stored options; `ModelError` if it is missing, too old, or refuses them."""
     cls = _pass_class(applied.name)
     if applied.version > cls.version:
@@ -165,8 +182,10 @@ def _build(applied: AppliedPass) -> SitePass:
             code="K525",
             remedy=f"install the version of {applied.name!r} that made the model",
         ) from error
-    if not isinstance(pass_, SitePass):
-        raise ModelError(f"the pass {applied.name!r} cannot be replayed: it is not a SitePass", code="K526")
+    if not isinstance(pass_, SitePass | TreePass):
+        raise ModelError(
+            f"the pass {applied.name!r} cannot be replayed: it treats neither sites nor trees", code="K526"
+        )
     return pass_
 
 
@@ -201,9 +220,9 @@ def _locate(model: nn.Module, site: str) -> str | None:
     )
 
 
-def _misfit(pass_: SitePass, site: Site, reason: str) -> ModelError:
+def _misfit(pass_: Pass, fqn: str, reason: str) -> ModelError:
     return ModelError(
-        f"the structure does not fit the model: pass {pass_.kind!r} on {site.fqn}: {reason}",
+        f"the structure does not fit the model: pass {pass_.kind!r} on {fqn}: {reason}",
         code="K524",
         expected="the architecture that the structure was made for",
         remedy="restore the model's config.json, or compress the model again",

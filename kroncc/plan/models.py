@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from kroncc.errors import PlanError
 from kroncc.graph.capture import capture
@@ -17,8 +18,10 @@ from kroncc.model.source import Origin
 from kroncc.plan.check import check_distill
 from kroncc.plan.measures import check_metrics
 from kroncc.plan.stages import Flops, ModelReport, ModuleRow, Side, SkippedRow
-from kroncc.recipe.schema import Action, Compress, Distill, Evaluate, Export, Finetune, inputs_of
+from kroncc.recipe.schema import Action, Compress, Distill, Evaluate, Export, Finetune, PassCall, inputs_of
+from kroncc.rewrite.during import install
 from kroncc.rewrite.pipeline import SkippedSite, compress_graph
+from kroncc.rewrite.reshape import reshape, tree_part
 from kroncc.rewrite.structure import Structure
 
 BASE = "base"
@@ -33,20 +36,26 @@ class Models:
     task: str
     length: int = DEFAULT_LENGTH
     reports: dict[str, ModelReport] = field(default_factory=dict)
-    _dense: dict[int | None, ModelGraph] = field(default_factory=dict)
+    _dense: dict[tuple[int | None, str], ModelGraph] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)  # distillations of a kind are checked once
 
-    def dense(self, labels: int | None) -> ModelGraph:
-        """Return the graph of the dense model with `labels` labels; captured once."""
-        if labels not in self._dense:
-            self._dense[labels] = capture(skeleton(self.origin, self.task, labels))
-        return self._dense[labels]
+    def dense(self, labels: int | None, structure: Structure | None = None) -> ModelGraph:
+        """Return the graph of the dense model with `labels` labels, of the shape that the tree passes of
+        `structure` give it; captured once.
+        """
+        shape = tree_part(structure or Structure())
+        key = labels, shape.model_dump_json()
+        if key not in self._dense:
+            tree = skeleton(self.origin, self.task, labels)
+            replay(tree, shape)
+            self._dense[key] = capture(tree, reshape=partial(reshape, structure=shape))
+        return self._dense[key]
 
     def rebuilt(self, structure: Structure, labels: int | None) -> ModelGraph:
         """Return a fresh graph with `structure` applied to the dense model."""
         tree = skeleton(self.origin, self.task, labels)
         replay(tree, structure)
-        return self.dense(labels).bind(tree)
+        return self.dense(labels, structure).bind(tree)
 
     def head(self, name: str) -> int:
         """Return the number of outputs that the head of a classifier has."""
@@ -77,15 +86,18 @@ class Models:
             case Compress():
                 source = self.reports[action.model]
                 graph = self.rebuilt(source.structure, source.labels)
-                done = compress_graph(graph, action.passes)
+                done = compress_graph(graph, action.passes, before=source.structure)
                 structure = source.structure + done.structure
-                self.reports[name] = self._report(graph, source.labels, structure, done.skipped)
+                settled = source.settled and done.settled
+                self.reports[name] = self._report(graph, source.labels, structure, done.skipped, settled)
             case Finetune() | Distill():
                 self._check_head(action)
                 source = self.reports[inputs_of(action)[0]]
                 self.reports[name] = self._relabelled(source, action.labels)
                 if isinstance(action, Distill):
                     self._check(action, self.reports[name])
+                if action.during:
+                    self.reports[name] = self._settled(self.reports[name], action.during)
             case Export():
                 self.reports[name] = self.reports[action.model]
             case Evaluate():
@@ -102,13 +114,21 @@ class Models:
                 remedy="set model.task, or distil with mse, cosine or another loss against the teacher",
             )
 
+    def _settled(self, start: ModelReport, calls: Sequence[PassCall]) -> ModelReport:
+        """Return the report of a model once the passes that worked while it trained have settled."""
+        install(self.rebuilt(start.structure, start.labels), calls, before=start.structure)
+        graph = self.rebuilt(start.structure, start.labels)
+        done = compress_graph(graph, calls, before=start.structure, key="during")
+        structure = start.structure + done.structure
+        return self._report(graph, start.labels, structure, done.skipped, start.settled and done.settled)
+
     def _relabelled(self, source: ModelReport, labels: int | None) -> ModelReport:
         if labels is None or labels == source.labels:
             return source
         structure = without_resized(
             source.structure, self.dense(source.labels).model, self.dense(labels).model
         )
-        return self._report(self.rebuilt(structure, labels), labels, structure, ())
+        return self._report(self.rebuilt(structure, labels), labels, structure, (), source.settled)
 
     def _check(self, action: Distill, student: ModelReport) -> None:
         teacher = self.reports[action.teacher]
@@ -130,6 +150,7 @@ class Models:
         labels: int | None,
         structure: Structure,
         skipped: tuple[SkippedSite, ...],
+        settled: bool = True,
     ) -> ModelReport:
         cost = model_cost(graph)
         flops = cost.flops(1, self.length)
@@ -138,6 +159,7 @@ class Models:
             bytes=cost.bytes,
             flops=Flops(linear=flops.linear, total=flops.total),
             labels=labels,
+            settled=settled,
             structure=structure,
             modules=self._rows(cost, self.dense(labels), structure),
             skipped=tuple(SkippedRow(fqn=one.fqn, name=one.name, reason=one.reason) for one in skipped),
@@ -147,7 +169,7 @@ class Models:
         before = {module.fqn: module for module in model_cost(dense).modules}
         roles = find_roles(dense)
         passes = passes_by_module(dense, structure)
-        return tuple(
+        rows = tuple(
             ModuleRow(
                 fqn=module.fqn,
                 role=roles[module.fqn].name if module.fqn in roles else "",
@@ -156,6 +178,18 @@ class Models:
                 after=self._side(module),
             )
             for module in cost.modules
+        )
+        kept = {module.fqn for module in cost.modules}
+        gone = (module for fqn, module in before.items() if fqn not in kept)
+        nothing = Side(shape="removed", params=0, flops=0)
+        return rows + tuple(
+            ModuleRow(
+                fqn=module.fqn,
+                role=roles[module.fqn].name if module.fqn in roles else "",
+                before=self._side(module),
+                after=nothing,
+            )
+            for module in gone
         )
 
     def _side(self, module: ModuleCost) -> Side:

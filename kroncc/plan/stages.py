@@ -60,9 +60,21 @@ class ModelReport(Frozen):
     bytes: int
     flops: Flops
     labels: int | None = None
+    settled: bool = True  # false: weights or data decide on shapes, so these figures are an estimate
     structure: Structure = Structure()
     modules: tuple[ModuleRow, ...] = ()
     skipped: tuple[SkippedRow, ...] = ()
+
+
+def costs(name: str, report: ModelReport) -> dict[str, float]:
+    """Return what a model costs, as expectations name it: `NAME.params` and so on."""
+    return {
+        f"{name}.params": report.params,
+        f"{name}.bytes": report.bytes,
+        f"{name}.flops": report.flops.total,
+        f"{name}.flops.total": report.flops.total,
+        f"{name}.flops.linear": report.flops.linear,
+    }
 
 
 class Stage(Frozen):

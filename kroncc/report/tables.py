@@ -43,10 +43,12 @@ def _metrics(name: str, values: Mapping[str, float]) -> dict[str, float]:
 def _sizes(
     name: str, report: ModelReport, base: ModelReport, values: Mapping[str, float]
 ) -> tuple[str, str, str]:
+    params = int(values.get(f"{name}.params", report.params))
+    flops = int(values.get(f"{name}.flops", report.flops.total))
     return (
-        f"{report.params:,}{_ratio(base.params, report.params)}",
+        f"{params:,}{_ratio(base.params, params)}",
         _disk(values.get(f"{name}.{DISK}"), values.get(f"base.{DISK}")),
-        f"{human(report.flops.total)}{_ratio(base.flops.total, report.flops.total)}",
+        f"{human(flops)}{_ratio(base.flops.total, flops)}",
     )
 
 

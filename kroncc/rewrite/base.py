@@ -121,6 +121,14 @@ class SitePass(Pass):
 
     accepts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
+    def apportion(self, sites: Sequence[Site]) -> Mapping[str, Self]:
+        """Return the pass that each site gets, by FQN, where one site's options depend on all the others.
+
+        Called once with all sites of the call, before any is treated; by default every site gets this pass.
+        On meta it must give what the weights would give, or a likely split if `settled()` is false.
+        """
+        return {site.fqn: self for site in sites}
+
     def resolve(self, site: Site) -> Self | Skip:  # noqa: ARG002  (subclasses read it)
         """Return this pass with all options explicit for `site`, or a `Skip` with the reason."""
         return self

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pydantic import ValidationError
-from torch import nn
 
 from kroncc.errors import KronccError, PassError, did_you_mean
+from kroncc.graph.capture import capture
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.rewriter import Rewriter
-from kroncc.graph.roles import Role, find_roles, module_infos
-from kroncc.graph.verify import structure_of, verify
+from kroncc.graph.verify import structure_of, verify, verify_reshaped
 from kroncc.recipe.schema import PassCall
-from kroncc.recipe.targets import select
-from kroncc.rewrite.base import Pass, Site, SitePass, Skip
+from kroncc.rewrite.base import Pass, Resolved, Site, SitePass, Skip, TreePass
 from kroncc.rewrite.registry import get_pass
+from kroncc.rewrite.reshape import reshape
+from kroncc.rewrite.sites import Stats, site_seed, sites_of
 from kroncc.rewrite.structure import AppliedPass, Structure
-from kroncc.rewrite.treat import treat
+from kroncc.rewrite.treat import Treated, treat
+
+__all__ = ["CompressResult", "SkippedSite", "build_pass", "compress_graph", "site_seed"]
+
+Treatment = Callable[[SitePass, Site, Mapping[str, Any]], Treated | Skip]
 
 
 @dataclass(frozen=True)
@@ -41,32 +45,150 @@ class Applied:
 
 @dataclass(frozen=True)
 class CompressResult:
-    """What the passes of one compress step did."""
+    """What the passes of one compress step did. Not `settled`: on real weights shapes may come out otherwise.
+
+    `choices` holds, by place in the list of passes, what a tree pass chose by weights or data.
+    """
 
     structure: Structure
     skipped: tuple[SkippedSite, ...]
+    settled: bool = True
+    choices: Mapping[int, Any] = field(default_factory=dict)
 
 
-def site_seed(seed: int, fqn: str) -> int:
-    """Return the seed of one site: the same for the same stage seed and module, whatever the order."""
-    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")
+def compress_graph(
+    graph: ModelGraph,
+    calls: Sequence[PassCall],
+    *,
+    seed: int = 0,
+    stats: Stats | None = None,
+    before: Structure | None = None,
+    key: str = "passes",
+) -> CompressResult:
+    """Apply `calls` in order to `graph` in place; every pass is followed by `verify`.
+
+    `stats` is what was measured of the model, by module. `before` is the structure that it already has. `key`
+    is where the recipe lists the calls, for messages.
+    """
+    run = Run(graph, seed, stats, before or Structure())
+    run.apply_all(calls, key)
+    return CompressResult(run.done, tuple(run.skipped), run.settled, run.choices)
 
 
-def compress_graph(graph: ModelGraph, calls: Sequence[PassCall], *, seed: int = 0) -> CompressResult:
-    """Apply `calls` in order to `graph` in place; every pass is followed by `verify`."""
-    structure = Structure()
-    skipped: list[SkippedSite] = []
-    for index, call in enumerate(calls):
-        try:
-            before = structure_of(graph)
-            applied = list(_apply_call(graph, call, seed))
-            verify(graph, before)
-        except KronccError as error:
-            raise _placed(error, f"passes[{index}].{call.name}") from error
-        skipped += [outcome for outcome in applied if isinstance(outcome, SkippedSite)]
-        structure += _group(outcome for outcome in applied if isinstance(outcome, Applied))
-    return CompressResult(structure, tuple(skipped))
+@dataclass
+class Run:
+    """One compress step under way: the graph, what was done so far, what was left alone."""
+
+    graph: ModelGraph
+    seed: int
+    stats: Stats | None
+    before: Structure
+    done: Structure = field(default_factory=Structure)
+    skipped: list[SkippedSite] = field(default_factory=list)
+    settled: bool = True
+    choices: dict[int, Any] = field(default_factory=dict)
+
+    def apply_all(self, calls: Sequence[PassCall], key: str) -> None:
+        """Apply `calls` in order; errors get their place in the list `key` of the step."""
+        for index, call in enumerate(calls):
+            try:
+                self.apply(index, call)
+            except KronccError as error:
+                raise _placed(error, f"{key}[{index}].{call.name}") from error
+
+    def apply(self, index: int, call: PassCall) -> None:
+        """Apply one pass to all of its sites."""
+        pass_ = self.build(call)
+        if isinstance(pass_, TreePass):
+            self.choices[index] = self._reshape(pass_, call)
+        elif isinstance(pass_, SitePass):
+            self.swap(pass_, call, treat)
+
+    def build(self, call: PassCall) -> Pass:
+        """Return the pass of a call; `PassError` K403 if it is of no kind that can be applied."""
+        pass_ = build_pass(call.name, call.options)
+        if not isinstance(pass_, SitePass | TreePass):
+            raise PassError(f"pass {call.name!r} is not a pass over sites or trees", code="K403")
+        self.settled = self.settled and pass_.settled()
+        return pass_
+
+    def swap(self, pass_: SitePass, call: PassCall, treatment: Treatment) -> None:
+        """Let `treatment` make new modules for all sites of a call, and put them in."""
+        was = structure_of(self.graph)
+        outcomes = list(self._treat(pass_, call, treatment))
+        verify(self.graph, was)
+        self.skipped += [one for one in outcomes if isinstance(one, SkippedSite)]
+        self.done += _group(one for one in outcomes if isinstance(one, Applied))
+
+    def _treat(
+        self, pass_: SitePass, call: PassCall, treatment: Treatment
+    ) -> Iterator[Applied | SkippedSite]:
+        """Treat every site of one call; yield what was applied or skipped, in model order."""
+        rewriter = Rewriter(self.graph, by=call.name)
+        sites = sites_of(self.graph, call.scope, self.seed, self.stats)
+        mine = pass_.apportion(sites)
+        for site in sites:
+            partners = {partner: self.graph.get(partner) for partner in site.tied}
+            outcome = treatment(mine.get(site.fqn, pass_), site, partners)
+            if isinstance(outcome, Skip):
+                self._refuse_order(pass_, site.fqn, outcome.reason)
+                yield SkippedSite(site.fqn, call.name, outcome.reason)
+                continue
+            rewriter.swap(site.fqn, outcome.module, outcome.partners)
+            yield Applied(site.fqn, outcome.options)
+
+    def _reshape(self, pass_: TreePass, call: PassCall) -> Any:
+        """Apply a tree pass: rewrite the tree, capture it again; return what the pass chose."""
+        resolved = self.resolve_tree(pass_, call)
+        if not resolved.sites:
+            return None
+        was = structure_of(self.graph)
+        resolved.options.rewrite(self.graph.model, resolved.sites, resolved.choice)
+        self.done += self.entry(resolved)
+        self.recapture(call.name)
+        verify_reshaped(self.graph, was)
+        return resolved.choice
+
+    def entry(self, resolved: Resolved) -> Structure:
+        """Return what the structure says of a tree pass."""
+        return Structure(passes=(_entry(resolved.options, resolved.sites),))
+
+    def resolve_tree(self, pass_: TreePass, call: PassCall) -> Resolved:
+        """Return a tree pass with all options explicit, and note what it leaves alone."""
+        sites = sites_of(self.graph, call.scope, self.seed, self.stats) if call.scope.targets else []
+        resolved = pass_.resolve_tree(self.graph, sites, self.stats, self.seed)
+        for fqn, skip in resolved.skipped.items():
+            self._refuse_order(pass_, fqn, skip.reason)
+            self.skipped.append(SkippedSite(fqn, call.name, skip.reason))
+        return resolved
+
+    def recapture(self, by: str, then: Callable[[Any], None] | None = None) -> None:
+        """Capture the tree as it is now; `then` repeats on a fresh tree what no structure tells."""
+        structure = self.before + self.done
+
+        def again(tree: Any) -> None:
+            reshape(tree, structure)
+            if then is not None:
+                then(tree)
+
+        Rewriter(self.graph, by=by).adopt(capture(self.graph.model, self.graph.inputs, again))
+
+    def _refuse_order(self, pass_: Pass, fqn: str, reason: str) -> None:
+        """Raise K408 where a site is left alone because a pass that belongs later was there first."""
+        earlier = [
+            get_pass(applied.name)
+            for applied in (self.before + self.done).passes
+            if any(fqn == site or fqn.startswith(f"{site}.") for site in applied.sites)
+        ]
+        later = next((cls for cls in earlier if cls.order > pass_.order), None)
+        if later is None:
+            return
+        raise PassError(
+            f"{pass_.kind} cannot treat {fqn} after {later.kind}: it {reason}",
+            code="K408",
+            expected=f"{pass_.kind} first, then {later.kind}",
+            remedy=f"move {pass_.kind} before {later.kind}, or exclude {fqn}",
+        )
 
 
 def build_pass(name: str, options: dict[str, object]) -> Pass:
@@ -78,57 +200,18 @@ def build_pass(name: str, options: dict[str, object]) -> Pass:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         known = did_you_mean(key, cls.model_fields) if first["type"] == "extra_forbidden" else ""
-        message = (
-            f"option {key!r} of pass {name!r}: {first['msg']}" if key else f"pass {name!r}: {first['msg']}"
-        )
+        said = first["msg"].removeprefix("Value error, ")
+        message = f"option {key!r} of pass {name!r}: {said}" if key else f"pass {name!r}: {said}"
         raise PassError(message, code="K402", remedy=known or f"see `kroncc passes {name}`") from error
 
 
-def _apply_call(graph: ModelGraph, call: PassCall, seed: int) -> Iterator[Applied | SkippedSite]:
-    """Treat every site of one call; yield what was applied or skipped, in model order."""
-    pass_ = build_pass(call.name, call.options)
-    if not isinstance(pass_, SitePass):
-        raise PassError(f"pass {call.name!r} is not a pass over sites", code="K403")
-    roles = find_roles(graph)
-    rewriter = Rewriter(graph, by=call.name)
-    done: set[str] = set()
-    for fqn in select(call.scope, module_infos(graph)):
-        if fqn in done:
-            continue
-        site = _site(graph, roles, fqn, seed)
-        done.update((site.fqn, *site.tied))
-        outcome = treat(pass_, site, {partner: graph.get(partner) for partner in site.tied})
-        if isinstance(outcome, Skip):
-            yield SkippedSite(site.fqn, call.name, outcome.reason)
-            continue
-        rewriter.swap(site.fqn, outcome.module, outcome.partners)
-        yield Applied(site.fqn, outcome.options)
-
-
-def _site(graph: ModelGraph, roles: Mapping[str, Role], fqn: str, seed: int) -> Site:
-    """Return the site of `fqn`; of a tied group, the embedding stands for all."""
-    group = (fqn, *_weight_partners(graph, fqn))
-    called = set(graph.fqns())
-    tables = (name for name in group if name in called and isinstance(graph.get(name), nn.Embedding))
-    owner = next(tables, fqn)
-    role = roles.get(owner)
-    return Site(
-        fqn=owner,
-        module=graph.get(owner),
-        role=role.name if role else "",
-        layer=role.layer if role else None,
-        tied=tuple(name for name in group if name != owner),
-        seed=site_seed(seed, owner),
-    )
-
-
-def _weight_partners(graph: ModelGraph, fqn: str) -> tuple[str, ...]:
-    """Return the modules tied to `fqn` by more than a bias, which stays a Parameter of its own."""
-    mine = {id(p) for name, p in graph.get(fqn).named_parameters() if name != "bias"}
-    return tuple(
-        other
-        for other in graph.tied(fqn)
-        if mine & {id(p) for p in graph.get(other).parameters(recurse=False)}
+def _entry(options: Pass, sites: Iterable[str]) -> AppliedPass:
+    """Return the entry of a structure for one pass with explicit options."""
+    return AppliedPass(
+        name=options.kind,
+        version=options.version,
+        options=options.model_dump(mode="json", exclude_none=True),
+        sites=tuple(sites),
     )
 
 
@@ -138,17 +221,7 @@ def _group(applied: Iterable[Applied]) -> Structure:
     for one in applied:
         key = one.options.kind + one.options.model_dump_json()
         groups.setdefault(key, (one.options, []))[1].append(one.fqn)
-    return Structure(
-        passes=tuple(
-            AppliedPass(
-                name=options.kind,
-                version=options.version,
-                options=options.model_dump(mode="json", exclude_none=True),
-                sites=tuple(sites),
-            )
-            for options, sites in groups.values()
-        )
-    )
+    return Structure(passes=tuple(_entry(options, sites) for options, sites in groups.values()))
 
 
 def _placed(error: KronccError, where: str) -> KronccError:

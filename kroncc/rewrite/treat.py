@@ -22,10 +22,13 @@ class Treated:
     partners: Mapping[str, nn.Module]
 
 
-def treat(pass_: SitePass, site: Site, partners: Mapping[str, nn.Module]) -> Treated | Skip:
+def treat(
+    pass_: SitePass, site: Site, partners: Mapping[str, nn.Module], *, live: bool = False
+) -> Treated | Skip:
     """Apply `pass_` to `site` and to the modules tied to it; return what changed, or why nothing did.
 
-    `partners` maps the FQN of every module that shares the site's weight to that module.
+    `partners` maps the FQN of every module that shares the site's weight to that module. With `live`, the new
+    modules are those that stand there while a step trains.
     """
     if not isinstance(site.module, pass_.accepts):
         names = ", ".join(cls.__name__ for cls in pass_.accepts)
@@ -34,7 +37,7 @@ def treat(pass_: SitePass, site: Site, partners: Mapping[str, nn.Module]) -> Tre
         resolved = pass_.resolve(site)
         if isinstance(resolved, Skip):
             return resolved
-        module = resolved.replace(site)
+        module = resolved.live(site) if live else resolved.replace(site)
     except KronccError:
         raise
     except Exception as error:

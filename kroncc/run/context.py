@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from kroncc.errors import RunError
 from kroncc.graph.capture import capture
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.model.load import LABELLED, load_dense, load_directory, skeleton
+from kroncc.model.replay import replay, structure_of
 from kroncc.model.source import Origin, resolve, tokenizer_for
 from kroncc.plan.stages import ModelReport, Plan
 from kroncc.recipe.names import BASE
 from kroncc.recipe.schema import Recipe
+from kroncc.rewrite.reshape import reshape, tree_part
 from kroncc.run.files import files_in
 from kroncc.run.progress import Reporter
 from kroncc.run.store import RunStore
@@ -82,11 +84,14 @@ class Context:
         return load_dense(self.origin, self.task, wanted, seed)
 
     def graph(self, model: PreTrainedModel, inputs: Sequence[str] | None = None) -> ModelGraph:
-        """Return the graph of a model that `load` gave; captured once for each number of labels."""
+        """Return the graph of a model that `load` gave; captured once for each number of labels and shape."""
         labels = model.config.num_labels if type(model).__name__.endswith(LABELLED) else None
-        key = (labels, inputs and tuple(inputs))
+        shape = tree_part(structure_of(model))
+        key = (labels, inputs and tuple(inputs), shape.model_dump_json())
         if key not in self._graphs:
-            self._graphs[key] = capture(skeleton(self.origin, self.task, labels), inputs)
+            tree = skeleton(self.origin, self.task, labels)
+            replay(tree, shape)
+            self._graphs[key] = capture(tree, inputs, partial(reshape, structure=shape))
         return self._graphs[key].bind(model)
 
     def tokenizer(self, name: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kroncc.errors import Problem, RunError
 from kroncc.plan.dag import until as stages_until
-from kroncc.plan.stages import Plan, Stage
+from kroncc.plan.stages import Plan, Stage, costs
 from kroncc.recipe.expect import parse_expectation
 from kroncc.run.accelerators import is_main_process, wait_for_everyone
 from kroncc.run.context import Context
@@ -98,11 +98,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         for name, report in self.context.plan.models.items():
-            self.values[f"{name}.params"] = report.params
-            self.values[f"{name}.bytes"] = report.bytes
-            self.values[f"{name}.flops"] = report.flops.total
-            self.values[f"{name}.flops.total"] = report.flops.total
-            self.values[f"{name}.flops.linear"] = report.flops.linear
+            if report.settled:
+                self.values |= costs(name, report)
 
     def stage(self, stage: Stage) -> None:
         """Run one stage, or take over what it left."""

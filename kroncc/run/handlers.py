@@ -16,10 +16,12 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from kroncc.errors import RunError
+from kroncc.graph.cost import model_cost
+from kroncc.model.quantizer import attach
 from kroncc.model.replay import structure_of
 from kroncc.model.save import save_model, write_model
 from kroncc.plan.preflight import cannot_export, export_refused
-from kroncc.plan.stages import Stage, StageKind
+from kroncc.plan.stages import Flops, ModelReport, Stage, StageKind, costs
 from kroncc.recipe.names import BASE
 from kroncc.recipe.schema import Compress, Distill, Evaluate, Export, Finetune, Training
 from kroncc.rewrite.pipeline import compress_graph
@@ -28,6 +30,7 @@ from kroncc.run.context import Context, weight_bytes
 from kroncc.run.evaluate import evaluate
 from kroncc.run.files import files_in
 from kroncc.run.lessons import lesson
+from kroncc.run.live import settle
 from kroncc.run.train import train
 
 
@@ -51,14 +54,10 @@ def rewrite(context: Context, stage: Stage, path: Path | None) -> Outcome:
     action = Compress.model_validate(stage.options)
     model = context.load(action.model)
     set_seed(stage.seed)
-    done = compress_graph(context.graph(model), action.passes, seed=stage.seed)
-    structure = structure_of(model) + done.structure
-    if structure != context.report(stage.name).structure:
-        raise RunError(
-            f"step {stage.name!r}: the passes gave another structure on real weights than the plan promised",
-            code="K824",
-            remedy="plan the recipe again; if it stays, a pass reads values where it resolves its options",
-        )
+    before = structure_of(model)
+    done = compress_graph(context.graph(model), action.passes, seed=stage.seed, before=before)
+    structure = before + done.structure
+    _check_promise(context, stage, structure)
     skipped = [vars(site) for site in done.skipped]
     return _written(context, stage, path, action.model, model, structure, {"skipped": skipped})
 
@@ -73,10 +72,13 @@ def trained(context: Context, stage: Stage, path: Path | None) -> Outcome:
         action = Finetune.model_validate(stage.options)
         source = action.model
     set_seed(stage.seed)
-    model, job = lesson(context, stage, action)
+    model, installed, job = lesson(context, stage, action)
     result = train(job, context.reporter)
     if path is None:
         return Outcome()
+    settle(model, installed)
+    structure = structure_of(model) + installed.structure
+    _check_promise(context, stage, structure)
     details = {
         "steps": result.steps,
         "loss": result.loss,
@@ -85,7 +87,7 @@ def trained(context: Context, stage: Stage, path: Path | None) -> Outcome:
         "peak_bytes": result.peak_bytes,
         "curve": result.curve,
     }
-    return _written(context, stage, path, source, model, structure_of(model), details)
+    return _written(context, stage, path, source, model, structure, details)
 
 
 def evaluated(context: Context, stage: Stage, path: Path | None) -> Outcome:
@@ -112,7 +114,7 @@ def exported(context: Context, stage: Stage, path: Path | None) -> Outcome:
     if action.to is None:
         return _written(context, stage, path, action.model, model, structure, {}, action.dtype)
     target = _export_target(context, action.to)
-    extra = _texts(context, stage, {})
+    extra = _texts(context, stage, context.report(stage.name), {})
     save_model(model, target, structure, context.location(action.model), action.dtype, extra)
     for name, text in extra.items():
         (path / name).write_text(text, encoding="utf-8")
@@ -150,15 +152,45 @@ def _written(
 ) -> Outcome:
     """Write a model with all that lies beside it; `source` is the model whose tokenizer it keeps."""
     origin = context.location(source)
-    write_model(model, path, structure, origin, dtype, _texts(context, stage, details))
-    values = {f"{stage.name}.disk": float(weight_bytes(path))}
+    report = context.report(stage.name)
+    known: dict[str, float] = {}
+    if not report.settled:
+        report = _measured(context, stage, model, structure)
+        known = costs(stage.name, report)
+    write_model(model, path, structure, origin, dtype, _texts(context, stage, report, details))
+    values = {f"{stage.name}.disk": float(weight_bytes(path)), **known}
     if source == BASE:
         values[f"{BASE}.disk"] = float(weight_bytes(origin))
     return Outcome(values, {key: value for key, value in details.items() if key != "curve"})
 
 
-def _texts(context: Context, stage: Stage, details: Mapping[str, Any]) -> dict[str, str]:
+def _check_promise(context: Context, stage: Stage, structure: Structure) -> None:
+    """Raise K824 where the passes did not do what the plan says, which it knew from the options alone."""
     report = context.report(stage.name)
+    if report.settled and structure != report.structure:
+        raise RunError(
+            f"step {stage.name!r}: the passes gave another structure on real weights than the plan promised",
+            code="K824",
+            remedy="plan the recipe again; if it stays, a pass reads values where it resolves its options",
+        )
+
+
+def _measured(context: Context, stage: Stage, model: PreTrainedModel, structure: Structure) -> ModelReport:
+    """Return the report of a model whose plan was an estimate, with what it really costs."""
+    attach(model, structure)
+    cost = model_cost(context.graph(model))
+    flops = cost.flops(1, context.plan.length)
+    return context.report(stage.name).model_copy(
+        update={
+            "params": cost.params,
+            "bytes": cost.bytes,
+            "flops": Flops(linear=flops.linear, total=flops.total),
+            "structure": structure,
+        }
+    )
+
+
+def _texts(context: Context, stage: Stage, report: ModelReport, details: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "name": stage.name,
         "kind": stage.kind,

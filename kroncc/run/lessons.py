@@ -17,10 +17,12 @@ from kroncc.graph.capture import default_inputs
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.roles import module_infos
 from kroncc.graph.taps import TapOutput, Tapped, with_taps
+from kroncc.model.replay import structure_of
 from kroncc.plan.stages import Stage
 from kroncc.plan.terms import all_taps
 from kroncc.recipe.schema import Distill, Finetune, LossSpec, Scope, Training
 from kroncc.recipe.targets import select
+from kroncc.rewrite.during import Installed, install
 from kroncc.run.accelerators import is_main_process, wait_for_everyone
 from kroncc.run.context import Context
 from kroncc.run.losses import Losses, build_losses, shapes_of
@@ -49,8 +51,8 @@ class Objective(nn.Module):
         return total, terms
 
 
-def lesson(context: Context, stage: Stage, action: Training) -> tuple[PreTrainedModel, TrainJob]:
-    """Return the model that a finetune or distill step trains, and the job that trains it."""
+def lesson(context: Context, stage: Stage, action: Training) -> tuple[PreTrainedModel, Installed, TrainJob]:
+    """Return the model that a finetune or distill step trains, what is to be settled, and the job."""
     assert isinstance(action, Finetune | Distill)
     name = action.student if isinstance(action, Distill) else action.model
     model = context.load(name, action.labels, stage.seed)
@@ -67,6 +69,7 @@ def lesson(context: Context, stage: Stage, action: Training) -> tuple[PreTrained
         teacher = _graph(context, context.load(action.teacher), batch)
         _copy(action.copy_from_teacher, student, teacher)
     _freeze(action.freeze, student)
+    installed = install(student, action.during, seed=stage.seed, before=structure_of(model))
     tapped = [with_taps(graph, all_taps(specs), outputs=False) for graph in (student, teacher) if graph]
     shapes = [shapes_of(_probe(one, batch)) for one in tapped]
     losses = build_losses(specs, *shapes, causal=context.task == "text-generation", seed=stage.seed)
@@ -82,7 +85,7 @@ def lesson(context: Context, stage: Stage, action: Training) -> tuple[PreTrained
         teacher=_teacher(context, stage, action, tapped[1], source) if teacher else None,
         validation=_validation(context, action, model, name),
     )
-    return model, job
+    return model, installed, job
 
 
 def _graph(context: Context, model: PreTrainedModel, batch: Batch) -> ModelGraph:

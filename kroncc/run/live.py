@@ -12,6 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from kroncc.model.replay import set_module
+from kroncc.rewrite.during import Installed
+
 
 def set_progress(root: nn.Module, progress: float) -> None:
     """Tell every module of `root` that wants to know how far training is."""
@@ -47,3 +50,17 @@ def finalise(root: nn.Module) -> dict[str, nn.Module]:
 
 def _having(root: nn.Module, method: str) -> Iterator[nn.Module]:
     return (module for module in root.modules() if callable(getattr(module, method, None)))
+
+
+def settle(model: nn.Module, installed: Installed) -> None:
+    """End what passes under `during` began: tie again what was tied, let a tree pass change the tree.
+
+    `model` has its final modules at the sites; those tied to them follow.
+    """
+    for fqn, partners in installed.partners.items():
+        tied_to = model.get_submodule(fqn).tied_to
+        for name, partner in partners.items():
+            set_module(model, name, tied_to(partner))  # type: ignore[operator]
+    if installed.tree is not None:
+        tree = installed.tree
+        tree.options.end(model, tree.sites, tree.choice)

@@ -41,9 +41,9 @@ class TrainJob:
     `objective(batch, taught, progress)` returns the scalar loss, a mean over the rows of the batch, and the
     values of its terms by name; it holds everything that trains: the student and whatever its losses need.
     `teacher(accelerator)` makes the function that says what the objective gets as `taught`, from the row
-    numbers (None for rows of `validation`) and the batch; it runs without gradients. `tree` is the model
-    whose modules are asked for `set_progress` and `finalise`. `validation` gives the rows of
-    `evaluate_every`.
+    numbers (None for rows of `validation`) and the batch; it runs without gradients. The modules of
+    `objective` are told of progress, those of the model `tree` are asked to `finalise`. `validation` gives
+    the rows of `evaluate_every`.
     """
 
     stage: str
@@ -166,7 +166,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.objective.train()
-        live.set_progress(self.job.tree, (item.step - 1) / self.total)
+        live.set_progress(self.job.objective, (item.step - 1) / self.total)
         shares = []
         for batch, last in _mark_last(item.batches):
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
