@@ -100,8 +100,11 @@ def _add_stubs(model: Any, replaced: Mapping[str, nn.Module]) -> list[tuple[nn.M
     children (`module.q.weight`). A stub is marked as initialised, so it is left alone, and it is not saved.
     """
     stubs = []
+    here = dict(model.named_modules(remove_duplicate=False))
     for fqn, old in replaced.items():
-        new = model.get_submodule(fqn)
+        new = here.get(fqn)
+        if new is None:  # a later pass took it out of the tree
+            continue
         for name, parameter in old._parameters.items():
             if not hasattr(new, name):
                 new.__dict__[name] = None if parameter is None else torch.empty_like(parameter, device="meta")
