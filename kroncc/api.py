@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from kroncc.errors import PassError
+from kroncc.graph.layers import (
+    LayerStack,
+    config_of,
+    find_stacks,
+    has_cache,
+    is_causal,
+    layer_ends,
+    lenders,
+    watch_call,
+)
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.rewriter import Rewriter
 from kroncc.rewrite.base import Calibration, Pass, Resolved, Site, SitePass, SiteStats, Skip, TreePass
 
 __all__ = [
     "Calibration",
+    "LayerStack",
     "ModelGraph",
     "Pass",
     "PassError",
@@ -19,4 +30,11 @@ __all__ = [
     "SiteStats",
     "Skip",
     "TreePass",
+    "config_of",
+    "find_stacks",
+    "has_cache",
+    "is_causal",
+    "layer_ends",
+    "lenders",
+    "watch_call",
 ]
