@@ -17,6 +17,7 @@ from kroncc.data.splits import open_data
 from kroncc.errors import DataError, KronccError
 from kroncc.hashing import content_hash
 from kroncc.model.source import resolve
+from kroncc.plan.calibration import Measurement, calibrate_stage, measurements
 from kroncc.plan.dag import order
 from kroncc.plan.effort import Effort
 from kroncc.plan.models import BASE, Models
@@ -80,7 +81,11 @@ def compile_recipe(loaded: Loaded, *, offline: bool = False, directory: Path | N
         with _at(loaded, f"steps.{name}.{_kind_name(action)}"):
             models.add(name, action)
             check_step(name, action, models, facts)
-        stages[name] = _stage(name, recipe, effort, facts, stages, source)
+    measured = measurements(recipe, models.requests)
+    for name in order(needs):
+        if (first := measured.get(name)) is not None and first.name not in stages:
+            stages[first.name] = calibrate_stage(first, recipe, effort, facts, stages, source)
+        stages[name] = _stage(name, recipe, effort, facts, stages, source, measured.get(name))
     with _at(loaded, ""):
         check_expectations(recipe, models)
     return Plan(
@@ -150,18 +155,20 @@ def _stage(
     facts: Mapping[str, DataFacts | None],
     done: Mapping[str, Stage],
     source: str,
+    measured: Measurement | None,
 ) -> Stage:
     """Return the stage of one step. Its hash covers all that its result depends on."""
     action = recipe.steps[name]
-    data = getattr(action, "data", None)
+    data = getattr(getattr(action, "calibrate", action), "data", None)
     known = facts.get(data) if data else None
     report = effort.models.reports.get(name)
     options = action.model_dump(mode="json", exclude_none=True)
+    before = (measured.name,) if measured else ()
     identity = {
         "kind": KINDS[type(action)],
         "options": {key: value for key, value in options.items() if key not in NO_RESULT},
         "structure": report.structure.model_dump(mode="json", by_alias=True) if report else None,
-        "inputs": [done[model].hash if model in done else source for model in inputs_of(action)],
+        "inputs": [done[one].hash if one in done else source for one in (*inputs_of(action), *before)],
         "data": [recipe.data[data].model_dump(mode="json"), known and known.fingerprint] if data else None,
     }
     steps = _steps(action, known)
@@ -169,7 +176,7 @@ def _stage(
     return Stage(
         name=name,
         kind=KINDS[type(action)],
-        needs=tuple(dict.fromkeys(model for model in inputs_of(action) if model in done)),
+        needs=tuple(dict.fromkeys(one for one in (*inputs_of(action), *before) if one in done)),
         options=options,
         seed=getattr(action, "seed", 0),
         steps=steps,

@@ -170,6 +170,16 @@ class Batches:
         """Return the batches of an epoch (counted from 0), each a list of row numbers."""
         return plan_batches(self.data.lengths, self.batch_size, self.seed, number, self.shuffle)
 
+    def sample(self, rows: int, seed: int) -> list[list[int]]:
+        """Return the batches of `rows` rows drawn by `seed`, each row once, by falling length.
+
+        Where there are no more than that, all rows.
+        """
+        random = np.random.default_rng(seed)
+        chosen = np.sort(random.permutation(len(self.data.lengths))[:rows])
+        planned = plan_batches(self.data.lengths[chosen], self.batch_size, shuffle=False)
+        return [chosen[batch].tolist() for batch in planned]
+
     def collate(self, rows: Sequence[int], epoch: int = 0) -> dict[str, torch.Tensor]:
         """Return the tensors of these rows, padded to the longest of them; `epoch` chooses the masks."""
         columns = self.data.columns(rows)

@@ -1,4 +1,4 @@
-"""What a training stage costs, before it runs."""
+"""What a stage that runs models costs, before it runs."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ class Effort:
         if isinstance(action, Distill):
             one += self._forward(action.teacher, length)
         return steps * action.batch_size * action.accumulate * one
+
+    def measuring_flops(self, name: str, rows: int | None, length: int, backward: bool) -> int | None:
+        """Return an upper bound of the FLOPs of measuring model `name` on `rows` rows of `length` tokens."""
+        if rows is None:
+            return None
+        return rows * (3 if backward else 1) * self._forward(name, length)
 
     def _forward(self, name: str, length: int) -> int:
         """Return the FLOPs of one sequence of `length` tokens through a model."""

@@ -19,6 +19,7 @@ from kroncc.plan.check import check_distill
 from kroncc.plan.measures import check_metrics
 from kroncc.plan.stages import Flops, ModelReport, ModuleRow, Side, SkippedRow
 from kroncc.recipe.schema import Action, Compress, Distill, Evaluate, Export, Finetune, PassCall, inputs_of
+from kroncc.rewrite.demands import Demands, Requests, requests_heard
 from kroncc.rewrite.during import install
 from kroncc.rewrite.pipeline import SkippedSite, compress_graph
 from kroncc.rewrite.reshape import reshape, tree_part
@@ -36,6 +37,7 @@ class Models:
     task: str
     length: int = DEFAULT_LENGTH
     reports: dict[str, ModelReport] = field(default_factory=dict)
+    requests: dict[str, Requests] = field(default_factory=dict)  # of compress steps: to measure before them
     _dense: dict[tuple[int | None, str], ModelGraph] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)  # distillations of a kind are checked once
 
@@ -86,7 +88,9 @@ class Models:
             case Compress():
                 source = self.reports[action.model]
                 graph = self.rebuilt(source.structure, source.labels)
-                done = compress_graph(graph, action.passes, before=source.structure)
+                demands = Demands.of(graph, action.calibrate is not None)
+                done = compress_graph(graph, action.passes, before=source.structure, demands=demands)
+                self.requests[name] = requests_heard(demands)
                 structure = source.structure + done.structure
                 settled = source.settled and done.settled
                 self.reports[name] = self._report(graph, source.labels, structure, done.skipped, settled)
@@ -118,7 +122,8 @@ class Models:
         """Return the report of a model once the passes that worked while it trained have settled."""
         install(self.rebuilt(start.structure, start.labels), calls, before=start.structure)
         graph = self.rebuilt(start.structure, start.labels)
-        done = compress_graph(graph, calls, before=start.structure, key="during")
+        demands = Demands.of(graph, calibrated=False)
+        done = compress_graph(graph, calls, before=start.structure, key="during", demands=demands)
         structure = start.structure + done.structure
         return self._report(graph, start.labels, structure, done.skipped, start.settled and done.settled)
 

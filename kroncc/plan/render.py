@@ -178,7 +178,7 @@ def mermaid(plan: Plan) -> str:
 
 
 def _origins(stage: Stage) -> tuple[str, ...]:
-    """Return the models a stage takes, `base` included, each once."""
+    """Return what a stage takes, `base` included, each once."""
     keys = ("model", "student", "teacher", "against")
     named = [stage.options[key] for key in keys if stage.options.get(key)]
-    return tuple(dict.fromkeys([*named, *stage.options.get("models", [])]))
+    return tuple(dict.fromkeys([*named, *stage.options.get("models", []), *stage.needs]))

@@ -40,7 +40,7 @@ class Demands:
     def note(self, pass_: Pass, graph: ModelGraph, sites: Sequence[Site], done: Structure) -> None:
         """Take the requests of one pass, before it is applied; `done` is what the step did until then.
 
-        Raises PlanError: K760 the step has no rows to measure on, K761 the step itself has already changed
+        Raises PlanError: K770 the step has no rows to measure on, K771 the step itself has already changed
         what would be measured.
         """
         requests = {fqn: request for fqn, request in _requests(pass_, graph, sites).items() if request}
@@ -49,9 +49,9 @@ class Demands:
         if not self.calibrated:
             raise PlanError(
                 f"pass {pass_.kind!r} needs statistics of the model, and this step has no rows for them",
-                code="K760",
+                code="K770",
                 expected="`calibrate` beside `passes`, in a compress step",
-                remedy="add calibrate: {data: ..., rows: 512} to the step",
+                remedy="add calibrate: {data: ..., rows: 512} to the compress step that applies it",
             )
         self.heard = True
         for fqn, request in requests.items():
@@ -61,7 +61,7 @@ class Demands:
                 self.asked[fqn] = self.asked.get(fqn, Calibration()) | part
 
     def _check_unchanged(self, pass_: Pass, fqn: str, request: Calibration, done: Structure) -> None:
-        """Raise K761 where the model that is measured differs from the one that the pass meets."""
+        """Raise K771 where the model that is measured differs from the one that the pass meets."""
         for applied in done.passes:
             of_tree = issubclass(get_pass(applied.name), TreePass)
             here = any(fqn == site or fqn.startswith(f"{site}.") for site in applied.sites)
@@ -70,7 +70,7 @@ class Demands:
                 raise PlanError(
                     f"pass {pass_.kind!r} needs statistics, and {applied.name!r} has changed {what} "
                     "in the same step",
-                    code="K761",
+                    code="K771",
                     expected="statistics of the model that the step begins with",
                     remedy=f"put {pass_.kind!r} into a compress step of its own, after this one",
                 )
@@ -90,6 +90,22 @@ def _measured_before(request: Calibration, module: nn.Module) -> Calibration:
     """
     moments = request.moments and (not request.sequential or isinstance(module, nn.Embedding))
     return replace(request, moments=moments, sequential=False)
+
+
+def requests_heard(demands: Demands) -> Requests:
+    """Return what is to be measured before a step; K772 where it has rows to measure on, and no use for them.
+
+    The path of that error is within the step.
+    """
+    if demands.calibrated and not demands.heard:
+        raise PlanError(
+            "no pass of this step needs statistics",
+            code="K772",
+            path="calibrate",
+            expected="`calibrate` only where a pass asks for it",
+            remedy="remove `calibrate`, or set the option of a pass that weighs by data",
+        )
+    return demands.asked
 
 
 def dump_requests(requests: Requests) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from kroncc.graph.rewriter import Rewriter
 from kroncc.graph.verify import structure_of, verify, verify_reshaped
 from kroncc.recipe.schema import PassCall
 from kroncc.rewrite.base import Pass, Resolved, Site, SitePass, Skip, TreePass
+from kroncc.rewrite.demands import Demands
 from kroncc.rewrite.registry import get_pass
 from kroncc.rewrite.reshape import reshape
 from kroncc.rewrite.sites import Stats, site_seed, sites_of
@@ -24,6 +25,8 @@ from kroncc.rewrite.treat import Treated, treat
 __all__ = ["CompressResult", "SkippedSite", "build_pass", "compress_graph", "site_seed"]
 
 Treatment = Callable[[SitePass, Site, Mapping[str, Any]], Treated | Skip]
+Sequential = Callable[[ModelGraph, Iterable[Site]], Iterable[Site]]
+"""Gives the sites of a graph, in order of their first calls, their statistics one after the other."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,16 @@ def compress_graph(
     stats: Stats | None = None,
     before: Structure | None = None,
     key: str = "passes",
+    demands: Demands | None = None,
+    sequential: Sequential | None = None,
 ) -> CompressResult:
     """Apply `calls` in order to `graph` in place; every pass is followed by `verify`.
 
     `stats` is what was measured of the model, by module. `before` is the structure that it already has. `key`
-    is where the recipe lists the calls, for messages.
+    is where the recipe lists the calls, for messages. `demands` notes what the passes want to know, while
+    planning; `sequential` measures for those that ask for it, while applying.
     """
-    run = Run(graph, seed, stats, before or Structure())
+    run = Run(graph, seed, stats, before or Structure(), demands, sequential)
     run.apply_all(calls, key)
     return CompressResult(run.done, tuple(run.skipped), run.settled, run.choices)
 
@@ -83,6 +89,8 @@ class Run:
     seed: int
     stats: Stats | None
     before: Structure
+    demands: Demands | None = None
+    sequential: Sequential | None = None
     done: Structure = field(default_factory=Structure)
     skipped: list[SkippedSite] = field(default_factory=list)
     settled: bool = True
@@ -125,9 +133,9 @@ class Run:
     ) -> Iterator[Applied | SkippedSite]:
         """Treat every site of one call; yield what was applied or skipped, in model order."""
         rewriter = Rewriter(self.graph, by=call.name)
-        sites = sites_of(self.graph, call.scope, self.seed, self.stats)
+        sites = self._sites(pass_, call)
         mine = pass_.apportion(sites)
-        for site in sites:
+        for site in self._informed(pass_, sites):
             partners = {partner: self.graph.get(partner) for partner in site.tied}
             outcome = treatment(mine.get(site.fqn, pass_), site, partners)
             if isinstance(outcome, Skip):
@@ -136,6 +144,22 @@ class Run:
                 continue
             rewriter.swap(site.fqn, outcome.module, outcome.partners)
             yield Applied(site.fqn, outcome.options)
+
+    def _sites(self, pass_: Pass, call: PassCall) -> list[Site]:
+        """Return the sites of a call, and note what the pass wants to know of them."""
+        needs_some = isinstance(pass_, SitePass) or call.scope.targets
+        sites = sites_of(self.graph, call.scope, self.seed, self.stats) if needs_some else []
+        if self.demands is not None:
+            self.demands.note(pass_, self.graph, sites, self.done)
+        return sites
+
+    def _informed(self, pass_: SitePass, sites: list[Site]) -> Iterable[Site]:
+        """Return the sites as they are to be treated: in the order of the graph for a sequential pass."""
+        if not pass_.needs().sequential:
+            return sites
+        place = {fqn: index for index, fqn in enumerate(self.graph.fqns())}
+        ordered = sorted(sites, key=lambda site: place[site.fqn])
+        return self.sequential(self.graph, ordered) if self.sequential is not None else ordered
 
     def _reshape(self, pass_: TreePass, call: PassCall) -> Any:
         """Apply a tree pass: rewrite the tree, capture it again; return what the pass chose."""
@@ -155,7 +179,7 @@ class Run:
 
     def resolve_tree(self, pass_: TreePass, call: PassCall) -> Resolved:
         """Return a tree pass with all options explicit, and note what it leaves alone."""
-        sites = sites_of(self.graph, call.scope, self.seed, self.stats) if call.scope.targets else []
+        sites = self._sites(pass_, call)
         resolved = pass_.resolve_tree(self.graph, sites, self.stats, self.seed)
         for fqn, skip in resolved.skipped.items():
             self._refuse_order(pass_, fqn, skip.reason)

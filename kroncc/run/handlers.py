@@ -26,6 +26,7 @@ from kroncc.recipe.names import BASE
 from kroncc.recipe.schema import Compress, Distill, Evaluate, Export, Finetune, Training
 from kroncc.rewrite.pipeline import compress_graph
 from kroncc.rewrite.structure import Structure
+from kroncc.run.calibration import calibrate, prepared, statistics_of
 from kroncc.run.context import Context, weight_bytes
 from kroncc.run.evaluate import evaluate
 from kroncc.run.files import files_in
@@ -47,6 +48,11 @@ class Outcome:
 Handler = Callable[[Context, Stage, Path | None], Outcome]
 
 
+def calibrated(context: Context, stage: Stage, path: Path | None) -> Outcome:
+    """Measure a model for the compress steps that need statistics of it."""
+    return Outcome() if path is None else Outcome(details=calibrate(context, stage, path))
+
+
 def rewrite(context: Context, stage: Stage, path: Path | None) -> Outcome:
     """Run the passes of a compress step on real weights; K824 if they do not give what the plan promised."""
     if path is None:
@@ -55,7 +61,15 @@ def rewrite(context: Context, stage: Stage, path: Path | None) -> Outcome:
     model = context.load(action.model)
     set_seed(stage.seed)
     before = structure_of(model)
-    done = compress_graph(context.graph(model), action.passes, seed=stage.seed, before=before)
+    graph, sequential = prepared(context, stage, action, model)
+    done = compress_graph(
+        graph,
+        action.passes,
+        seed=stage.seed,
+        stats=statistics_of(context, stage),
+        before=before,
+        sequential=sequential,
+    )
     structure = before + done.structure
     _check_promise(context, stage, structure)
     skipped = [vars(site) for site in done.skipped]
@@ -133,6 +147,7 @@ def _export_target(context: Context, to: str) -> Path:
 
 
 HANDLERS: Mapping[StageKind, Handler] = {
+    "calibrate": calibrated,
     "rewrite": rewrite,
     "train": trained,
     "evaluate": evaluated,
