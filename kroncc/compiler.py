@@ -17,6 +17,7 @@ from kroncc.data.splits import open_data
 from kroncc.errors import DataError, KronccError
 from kroncc.hashing import content_hash
 from kroncc.model.source import resolve
+from kroncc.plan.blocks import block_steps
 from kroncc.plan.calibration import Measurement, calibrate_stage, measurements
 from kroncc.plan.dag import order
 from kroncc.plan.effort import Effort
@@ -34,6 +35,7 @@ from kroncc.recipe.schema import (
     Export,
     Finetune,
     Recipe,
+    Reconstruct,
     Training,
     inputs_of,
 )
@@ -42,6 +44,7 @@ KINDS: dict[type[Action], StageKind] = {
     Compress: "rewrite",
     Finetune: "train",
     Distill: "train",
+    Reconstruct: "reconstruct",
     Evaluate: "evaluate",
     Export: "export",
 }
@@ -171,7 +174,7 @@ def _stage(
         "inputs": [done[one].hash if one in done else source for one in (*inputs_of(action), *before)],
         "data": [recipe.data[data].model_dump(mode="json"), known and known.fingerprint] if data else None,
     }
-    steps = _steps(action, known)
+    steps = _steps(action, known, effort.models.blocks.get(name, 0))
     length = recipe.data[data].max_length if data else effort.models.length
     return Stage(
         name=name,
@@ -185,8 +188,10 @@ def _stage(
     )
 
 
-def _steps(action: Action, facts: DataFacts | None) -> int | None:
+def _steps(action: Action, facts: DataFacts | None, blocks: int) -> int | None:
     """Return the optimiser steps of a training stage; None where it is none or its rows are not known."""
+    if isinstance(action, Reconstruct) and facts is not None:
+        return blocks * block_steps(action, facts.rows.get(action.split, 0))
     if not isinstance(action, Training):
         return None
     if action.max_steps is not None:

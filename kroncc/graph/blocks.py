@@ -50,7 +50,7 @@ def find_blocks(graph: ModelGraph) -> list[Block]:
     The head gives those of the model's outputs that come after the last layer.
     """
     flow = find_flow(graph.graph)
-    if not flow.hidden:
+    if not flow.hidden or not flow.entries:
         return []
     order = flow.walker.order
     layers = {node: number for number, node in enumerate(flow.hidden)}

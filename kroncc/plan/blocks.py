@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from kroncc.errors import PlanError
 from kroncc.graph.blocks import EMBEDDINGS, HEAD, LAYER, Block, find_blocks, join, shared_spans
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.ops import value_of
+from kroncc.recipe.schema import Reconstruct
 
 REMEDY = "use `distill`, with `layers` to pair what differs"
 NOTHING = "nothing to train"
@@ -60,6 +62,20 @@ def pair_blocks(student: ModelGraph, teacher: ModelGraph) -> list[Pair]:
         idle = _idle(one, other, student, teacher) or ("" if trained else NOTHING)
         pairs.append(Pair(one, other, trained, idle))
     return pairs
+
+
+def fitted_count(student: ModelGraph, teacher: ModelGraph) -> int:
+    """Return how many blocks are fitted; `PlanError` as `pair_blocks`, and K814 where there is none."""
+    count = sum(not pair.idle for pair in pair_blocks(student, teacher))
+    if not count:
+        raise PlanError("no block of the student has anything to train", code="K814", path="student")
+    return count
+
+
+def block_steps(action: Reconstruct, rows: int) -> int:
+    """Return the optimiser steps that fitting one block takes, where the data has `rows` rows."""
+    batches = math.ceil(min(rows, action.rows) / action.batch_size)
+    return max(1, math.ceil(action.epochs * batches - 1e-9))
 
 
 def _check_layers(student: Sequence[Block], teacher: Sequence[Block]) -> None:

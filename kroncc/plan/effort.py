@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from kroncc.graph.cost import model_cost
 from kroncc.hashing import content_hash
 from kroncc.plan.models import Models
-from kroncc.recipe.schema import Action, Distill, Training
+from kroncc.recipe.schema import Action, Distill, Reconstruct, Training
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Effort:
 
         Every row counts as `length` tokens, and a backward pass as two forward passes.
         """
+        if isinstance(action, Reconstruct):
+            return self._fitting_flops(name, action, steps, length)
         if steps is None or not isinstance(action, Training):
             return None
         one = 3 * self._forward(name, length)
@@ -34,6 +37,17 @@ class Effort:
         if rows is None:
             return None
         return rows * (3 if backward else 1) * self._forward(name, length)
+
+    def _fitting_flops(self, name: str, action: Reconstruct, steps: int | None, length: int) -> int | None:
+        """Count every row once through the teacher, three times through the student, and its training.
+
+        Blocks that are not fitted are counted as if they were.
+        """
+        if not steps:
+            return None
+        student, teacher = self._forward(name, length), self._forward(action.teacher, length)
+        batches = steps // self.models.blocks[name] * action.batch_size  # rows that train a block
+        return 3 * student * batches + (3 * student + teacher) * math.ceil(batches / action.epochs)
 
     def _forward(self, name: str, length: int) -> int:
         """Return the FLOPs of one sequence of `length` tokens through a model."""

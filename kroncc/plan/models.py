@@ -15,10 +15,21 @@ from kroncc.hashing import content_hash
 from kroncc.model.load import skeleton
 from kroncc.model.replay import replay, without_resized
 from kroncc.model.source import Origin
+from kroncc.plan.blocks import fitted_count
 from kroncc.plan.check import check_distill
 from kroncc.plan.measures import check_metrics
 from kroncc.plan.stages import Flops, ModelReport, ModuleRow, Side, SkippedRow
-from kroncc.recipe.schema import Action, Compress, Distill, Evaluate, Export, Finetune, PassCall, inputs_of
+from kroncc.recipe.schema import (
+    Action,
+    Compress,
+    Distill,
+    Evaluate,
+    Export,
+    Finetune,
+    PassCall,
+    Reconstruct,
+    inputs_of,
+)
 from kroncc.rewrite.demands import Demands, Requests, requests_heard
 from kroncc.rewrite.during import install
 from kroncc.rewrite.pipeline import SkippedSite, compress_graph
@@ -37,6 +48,7 @@ class Models:
     task: str
     length: int = DEFAULT_LENGTH
     reports: dict[str, ModelReport] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)  # of reconstruct steps: how many are fitted
     requests: dict[str, Requests] = field(default_factory=dict)  # of compress steps: to measure before them
     _dense: dict[tuple[int | None, str], ModelGraph] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)  # distillations of a kind are checked once
@@ -102,6 +114,9 @@ class Models:
                     self._check(action, self.reports[name])
                 if action.during:
                     self.reports[name] = self._settled(self.reports[name], action.during)
+            case Reconstruct():
+                self.reports[name] = self.reports[action.student]
+                self.blocks[name] = self._fitted_blocks(action)
             case Export():
                 self.reports[name] = self.reports[action.model]
             case Evaluate():
@@ -117,6 +132,11 @@ class Models:
                 expected="a task such as text-classification, or losses without labels",
                 remedy="set model.task, or distil with mse, cosine or another loss against the teacher",
             )
+
+    def _fitted_blocks(self, action: Reconstruct) -> int:
+        """Return how many blocks a reconstruct step fits; raises `PlanError` where it can fit none."""
+        sides = [self.reports[name] for name in (action.student, action.teacher)]
+        return fitted_count(*(self.rebuilt(side.structure, side.labels) for side in sides))
 
     def _settled(self, start: ModelReport, calls: Sequence[PassCall]) -> ModelReport:
         """Return the report of a model once the passes that worked while it trained have settled."""

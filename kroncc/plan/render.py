@@ -127,7 +127,7 @@ def stage_table(plan: Plan) -> Table:
 
 
 def _stage_cells(stage: Stage, report: ModelReport | None) -> tuple[str, ...]:
-    unknown = "?" if stage.kind == "train" else ""
+    unknown = "?" if stage.kind in ("train", "reconstruct") else ""
     return (
         stage.name,
         stage.kind,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kroncc.rewrite.structure import Structure
 
-StageKind = Literal["calibrate", "rewrite", "train", "evaluate", "export"]
+StageKind = Literal["calibrate", "rewrite", "train", "reconstruct", "evaluate", "export"]
 
 
 class Frozen(BaseModel):

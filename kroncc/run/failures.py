@@ -63,6 +63,6 @@ def _less_memory(stage: Stage) -> str:
                 f"lower {batch} and raise accumulate by the same factor, lower max_length of the data, "
                 "or train in bf16"
             )
-        case "evaluate":
+        case "reconstruct" | "evaluate":
             return f"lower {batch}, or max_length of the data"
     return "free memory, or run on a machine that has more"

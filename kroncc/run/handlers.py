@@ -23,7 +23,7 @@ from kroncc.model.save import save_model, write_model
 from kroncc.plan.preflight import cannot_export, export_refused
 from kroncc.plan.stages import Flops, ModelReport, Stage, StageKind, costs
 from kroncc.recipe.names import BASE
-from kroncc.recipe.schema import Compress, Distill, Evaluate, Export, Finetune, Training
+from kroncc.recipe.schema import Compress, Distill, Evaluate, Export, Finetune, Reconstruct, Training
 from kroncc.rewrite.pipeline import compress_graph
 from kroncc.rewrite.structure import Structure
 from kroncc.run.calibration import calibrate, prepared, statistics_of
@@ -32,6 +32,7 @@ from kroncc.run.evaluate import evaluate
 from kroncc.run.files import files_in
 from kroncc.run.lessons import lesson
 from kroncc.run.live import settle
+from kroncc.run.reconstruct import reconstruct, reconstruct_job
 from kroncc.run.train import train
 
 
@@ -104,6 +105,26 @@ def trained(context: Context, stage: Stage, path: Path | None) -> Outcome:
     return _written(context, stage, path, source, model, structure, details)
 
 
+def reconstructed(context: Context, stage: Stage, path: Path | None) -> Outcome:
+    """Fit a student to its teacher block after block, from the last finished block where there is one."""
+    if path is None:
+        return Outcome()
+    action = Reconstruct.model_validate(stage.options)
+    set_seed(stage.seed)
+    model, job = reconstruct_job(context, stage, action)
+    result = reconstruct(job, context.reporter)
+    blocks = [block.model_dump(exclude={"curve"}) for block in result.blocks]
+    details = {
+        "steps": result.steps,
+        "blocks": blocks,
+        "resumed_from": result.resumed_from,
+        "training_seconds": result.seconds,
+        "peak_bytes": result.peak_bytes,
+        "curve": result.curve,
+    }
+    return _written(context, stage, path, action.student, model, structure_of(model), details)
+
+
 def evaluated(context: Context, stage: Stage, path: Path | None) -> Outcome:
     """Measure models; a value is called `MODEL.metric`, and `STEP.MODEL.metric` as well."""
     if path is None:
@@ -150,6 +171,7 @@ HANDLERS: Mapping[StageKind, Handler] = {
     "calibrate": calibrated,
     "rewrite": rewrite,
     "train": trained,
+    "reconstruct": reconstructed,
     "evaluate": evaluated,
     "export": exported,
 }

@@ -25,14 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from kroncc.errors import RunError
+from kroncc.graph.capture import default_inputs
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.wavefront import Batch, Wavefront, evaluating
-from kroncc.plan.blocks import Pair, pair_blocks
+from kroncc.plan.blocks import Pair, block_steps, pair_blocks
+from kroncc.plan.stages import Stage
 from kroncc.recipe.schema import Reconstruct
+from kroncc.run.accelerators import state
 from kroncc.run.block_files import BlockFiles, Fitted
 from kroncc.run.block_task import BlockTask
+from kroncc.run.context import Context
 from kroncc.run.interrupt import Interrupt
 from kroncc.run.progress import Reporter, Step, peak_memory
 
@@ -75,6 +80,28 @@ class ReconstructResult:
         return [point for block in self.blocks for point in block.curve]
 
 
+def reconstruct_job(
+    context: Context, stage: Stage, action: Reconstruct
+) -> tuple[PreTrainedModel, ReconstructJob]:
+    """Return the model that a reconstruct step fits, and the job that does it; labels are not read."""
+    model = context.load(action.student)
+    source = context.batches(action.data, action.split, model, action.student, action.batch_size, action.seed)
+    batches = [source.collate(rows) for rows in source.sample(action.rows, action.seed)]
+    names = [name for name in default_inputs(model) if name in batches[0]]
+    job = ReconstructJob(
+        stage=stage.name,
+        hash=stage.hash,
+        student=context.graph(model, names),
+        teacher=context.graph(context.load(action.teacher), names),
+        batches=batches,
+        options=action,
+        checkpoints=context.store.checkpoints(stage.name),
+        scratch=context.store.cache(stage.name),
+        device=state().device,
+    )
+    return model, job
+
+
 def reconstruct(job: ReconstructJob, reporter: Reporter) -> ReconstructResult:
     """Fit the blocks of `job.student` in place, going on after the last block that is finished.
 
@@ -94,7 +121,7 @@ class _Run:
         self.pairs = pair_blocks(job.student, job.teacher)
         self.files = BlockFiles(job.checkpoints, job.hash)
         self.waves = [self._wavefront(graph) for graph in (job.student, job.teacher)]
-        self.steps = block_steps(job.options, len(job.batches))
+        self.steps = block_steps(job.options, sum(map(_rows, job.batches)))
         self.total = self.steps * sum(not pair.idle for pair in self.pairs)
         self.done = 0  # optimiser steps, those of blocks that needed none included
 
@@ -225,11 +252,6 @@ class _Run:
             expected="finite numbers",
             remedy="lower learning_rate",
         )
-
-
-def block_steps(options: Reconstruct, batches: int) -> int:
-    """Return the optimiser steps of one block."""
-    return max(1, math.ceil(options.epochs * batches - 1e-9))
 
 
 def said(fitted: Fitted) -> str:
