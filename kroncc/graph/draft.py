@@ -18,13 +18,24 @@ from kroncc.graph.ops import module_of, value_of
 from kroncc.graph.storage import sweep
 from kroncc.graph.walk import only
 
-NAMED = ("embeddings", "hidden", "ffn.output", "attention.scores", "attention.probs", "logits", "sentence")
+OPERANDS = ("attention.queries", "attention.keys", "attention.values")
+NAMED = (
+    "embeddings",
+    "hidden",
+    "ffn.output",
+    "attention.scores",
+    "attention.probs",
+    *OPERANDS,
+    "logits",
+    "sentence",
+)
 MISSING = {
     "embeddings": "no layer was found whose input they would be",
     "hidden": "no layer was found",
     "ffn.output": "no feed-forward pair was found",
     "attention.scores": "no attention was found",
     "attention.probs": "no attention was found",
+    **dict.fromkeys(OPERANDS, "no attention was found"),
     "logits": "it has no such output",
     "sentence": "no last hidden state was found",
 }
@@ -52,7 +63,10 @@ class Draft:
 
     def has(self, tap: str) -> bool:
         """Say whether the model has the values of a named tap."""
-        return bool(self._origins(tap))
+        origins = self._origins(tap)
+        if tap not in OPERANDS:
+            return bool(origins)
+        return bool(origins) and all(_has_heads(_operand(one, tap)) for one in self._attentions())
 
     def read(self, tap: str) -> list[fx.Node]:
         """Return the nodes of this copy that hold a tap's values, in order. Raises `PlanError` K710, K711."""
@@ -63,6 +77,8 @@ class Draft:
             raise self._missing(tap)
         if tap == "sentence":
             return [self._sentence(self.copies[origins[0]])]
+        if tap in OPERANDS:
+            return [self._operand(one, tap) for one in self._attentions()]
         if tap.startswith("attention."):
             place = 0 if tap == "attention.scores" else 1
             return [self._attention(one)[place] for one in self._attentions()]
@@ -168,6 +184,21 @@ class Draft:
             self.explicit[one.node] = self._computed(one) if one.scores is not None else self._unfused(one)
         return self.explicit[one.node]
 
+    def _operand(self, one: AttentionFlow, tap: str) -> fx.Node:
+        """Return the node of queries, keys or values `[B, H, L, d]`; computed scores take keys as columns."""
+        origin = _operand(one, tap)
+        node, value = self._kept(origin), value_of(origin)
+        if value is None or not _has_heads(origin):
+            raise PlanError(
+                f"{type(self.mg.model).__name__} folds its heads: no {tap!r} [batch, heads, length, size]",
+                code="K711",
+                expected="an attention whose heads are a dimension of their own",
+                remedy="read 'hidden' or the FQN of a linear map",
+            )
+        if tap == "attention.keys" and one.scores is not None:
+            return self._after(node, torch.ops.aten.transpose.int, (node, -2, -1), value.transpose(-2, -1))
+        return node
+
     def _computed(self, one: AttentionFlow) -> tuple[fx.Node, fx.Node]:
         """Read what the source computes itself; its heads may be folded into the batch."""
         assert one.scores is not None
@@ -195,6 +226,15 @@ class Draft:
         self.copies[one.node] = parts[2]
         self.graph.erase_node(node)
         return parts[1], parts[0]
+
+
+def _operand(one: AttentionFlow, tap: str) -> fx.Node:
+    return dict(zip(OPERANDS, (one.q, one.k, one.v), strict=True))[tap]
+
+
+def _has_heads(node: fx.Node) -> bool:
+    value = value_of(node)
+    return value is not None and value.dim() == 4
 
 
 def _leaving(nodes: list[fx.Node]) -> fx.Node | None:

@@ -7,6 +7,7 @@
 | ffn.output | what the map down of a feed-forward pair gives `[B, L, d]` | one a pair |
 | attention.scores | q k^T scale, before biases and masks `[B, H, L, S]` | one an attention |
 | attention.probs | probabilities, before dropout `[B, H, L, S]` | one an attention |
+| attention.queries, .keys, .values | what an attention multiplies `[B, H, L, d]` | one an attention |
 | logits | the output of that name | one |
 | sentence | mean of the last hidden state (the encoder's, of two) over `attention_mask` `[B, d]` | one |
 | an FQN | what that module gives | one a call |

@@ -10,8 +10,12 @@ from kroncc.recipe.schema import LossSpec
 
 Shape = Sequence[int | str]  # text for a dimension that is not fixed
 Shapes = Mapping[str, Sequence[Shape]]  # tap -> one shape a layer
+PAIRWISE = ("attention.scores", "attention.probs")  # [batch, heads, length, length]
 SOFT = ("kl", "soft-ce")  # compare distributions; the only kinds with a temperature
-HEADS_REMEDY = "compare 'hidden', 'ffn.output' or 'embeddings' (their widths may differ), or 'logits'"
+HEADS_REMEDY = (
+    "use `relation`, which splits both anew, or compare 'hidden', 'ffn.output' or 'embeddings' "
+    "(their widths may differ), or 'logits'"
+)
 
 
 def term_names(specs: Sequence[LossSpec]) -> list[str]:
@@ -123,14 +127,41 @@ def check_term(spec: LossSpec, student: Shapes, teacher: Shapes | None) -> list[
                 remedy=did_you_mean(spec.at, shapes),
             )
     pairs = resolve_layers(spec, len(student[spec.at]), len(teacher[spec.at]))
+    check = _check_relation if spec.kind == "relation" else _check_shapes
     for at, to in pairs:
-        _check_shapes(spec, student[spec.at][at], teacher[spec.at][to])
+        check(spec, student[spec.at][at], teacher[spec.at][to])
     return pairs
+
+
+def relation_heads(spec: LossSpec, teacher: Shape) -> int:
+    """Return into how many heads a relation splits the widths: as asked, or as many as the teacher has."""
+    return spec.heads or (int(teacher[1]) if len(teacher) == 4 else 1)
+
+
+def _check_relation(spec: LossSpec, student: Shape, teacher: Shape) -> None:
+    heads = relation_heads(spec, teacher)
+    for side, shape in (("student", student), ("teacher", teacher)):
+        if len(shape) not in (3, 4) or spec.at in PAIRWISE:
+            raise PlanError(
+                f"relation reads vectors, one a token; {spec.at!r} gives {len(shape)} dimensions",
+                code="K748",
+                path="at",
+                remedy="read attention.values, attention.queries, attention.keys or hidden",
+            )
+        width = int(shape[-1]) * (int(shape[1]) if len(shape) == 4 else 1)
+        if width % heads:
+            raise PlanError(
+                f"{spec.at!r} of the {side} has width {width}, which {heads} heads do not divide",
+                code="K741",
+                path="heads",
+                remedy="set `heads` to a number that divides both widths",
+            )
 
 
 def projected_widths(spec: LossSpec, student: Shape, teacher: Shape) -> tuple[int, int] | None:
     """Return (student width, teacher width) where a learned projection must join them, else None."""
-    if spec.at == "logits" or spec.at.startswith("attention.") or student[-1] == teacher[-1]:
+    fixed = spec.kind == "relation" or spec.at == "logits" or spec.at.startswith("attention.")
+    if fixed or student[-1] == teacher[-1]:
         return None
     return int(student[-1]), int(teacher[-1])
 
@@ -145,6 +176,14 @@ def _check_shapes(spec: LossSpec, student: Shape, teacher: Shape) -> None:
     if spec.at.startswith("attention.") and student[1] != teacher[1]:
         raise PlanError(
             f"the student has {student[1]} attention heads and the teacher {teacher[1]}: "
+            f"{spec.at!r} do not compare",
+            code="K741",
+            path="at",
+            remedy=HEADS_REMEDY,
+        )
+    if spec.at.startswith("attention.") and spec.at not in PAIRWISE and student[-1] != teacher[-1]:
+        raise PlanError(
+            f"the student's heads have size {student[-1]} and the teacher's {teacher[-1]}: "
             f"{spec.at!r} do not compare",
             code="K741",
             path="at",

@@ -236,7 +236,8 @@ def _loss(draft: Draft, kind: str, body: dict[str, Any], path: Path) -> Any:
         draft.note("K150", path, f"no loss is called {kind!r}", ", ".join(LOSS_KINDS), remedy, at_key=True)
         return None
     draft.check(body, loss_schema(kind), path)
-    return {"kind": kind, **body}
+    usual = {"at": "attention.values"} if kind == "relation" else {}
+    return {"kind": kind, **usual, **body}
 
 
 @lru_cache(maxsize=16)
@@ -246,6 +247,8 @@ def loss_schema(kind: str) -> Schema:
     unused = {"kind", *({"at", "temperature", "layers"} if kind == "task" else ())}
     if kind not in ("kl", "soft-ce"):
         unused.add("temperature")
+    if kind != "relation":
+        unused.add("heads")
     properties = {key: part for key, part in schema["properties"].items() if key not in unused}
     return {**schema, "properties": properties, "required": []}
 

@@ -27,6 +27,9 @@ TAPS: tuple[str, ...] = (
     "ffn.output",
     "attention.scores",
     "attention.probs",
+    "attention.queries",
+    "attention.keys",
+    "attention.values",
     "logits",
     "sentence",
 )

@@ -93,7 +93,7 @@ class PassCall(Strict):
 class LossSpec(Strict):
     """One loss term of a distillation."""
 
-    kind: Literal["task", "kl", "soft-ce", "mse", "mae", "cosine"]
+    kind: Literal["task", "kl", "soft-ce", "mse", "mae", "cosine", "relation"]
     at: str = Field(
         "logits", description="a tap: logits, sentence, embeddings, hidden, ffn.output, ... or an FQN"
     )
@@ -103,6 +103,9 @@ class LossSpec(Strict):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     layers: Literal["uniform", "last"] | list[tuple[int, int]] | None = Field(
         None, description="pairs [student, teacher]; default one to one, or uniform where depths differ"
+    )
+    heads: Positive | None = Field(
+        None, description="relation: into so many heads both widths are split; default those of the teacher"
     )
 
 

@@ -7,6 +7,7 @@ raised to float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from kroncc.data.batching import IGNORED
 from kroncc.errors import PlanError
+from kroncc.plan.terms import PAIRWISE
 
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -27,7 +29,7 @@ def keep_mask(value: Tensor, tap: str, attention_mask: Tensor | None, causal: bo
     length, width] and [rows * length, width]: the token is real. [rows, width]: all. Without an attention
     mask all are real. Raises `PlanError` (K748) for any other shape.
     """
-    attention = tap.startswith("attention.") and value.dim() == 4
+    attention = tap in PAIRWISE and value.dim() == 4
     open_pairs = _open_pairs(value, causal) if attention else None
     if attention_mask is None:
         ones = torch.ones([1] * value.dim(), dtype=torch.bool, device=value.device)
@@ -51,6 +53,19 @@ def keep_mask(value: Tensor, tap: str, attention_mask: Tensor | None, causal: bo
         path="at",
         expected="[rows, length, width], [rows, heads, length, width] or [rows, width]",
     )
+
+
+def relations(value: Tensor, heads: int) -> Tensor:
+    """Return how tokens relate: x x^T / sqrt(d) of each of `heads` parts of the width, before softmax.
+
+    `value` [rows, length, width] or [rows, heads of the model, length, size] gives [rows, heads, length,
+    length]. Wang et al. 2020, MiniLM, equations 5 and 6; other numbers of heads: MiniLMv2, 2021.
+    """
+    if value.dim() == 4:
+        value = value.transpose(1, 2).flatten(2)
+    rows, length, width = value.shape
+    parts = _raised(value).reshape(rows, length, heads, width // heads).transpose(1, 2)
+    return parts @ parts.transpose(-2, -1) / math.sqrt(width // heads)
 
 
 def mse(student: Tensor, teacher: Tensor, keep: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from kroncc.plan.terms import (
     check_term,
     needed_taps,
     projected_widths,
+    relation_heads,
     resolve_layers,
     term_names,
     weight_at,
@@ -92,8 +93,10 @@ class LossTerm(nn.Module):
         self.spec, self.name, self.causal = spec, name, causal
         self.pairs = check_term(spec, student, teacher)
         self.projections = nn.ModuleDict()
+        self.heads = 1
         for at, to in self.pairs:
             assert teacher is not None  # check_term refuses a term that needs one and has none
+            self.heads = relation_heads(spec, teacher[spec.at][to])
             widths = projected_widths(spec, student[spec.at][at], teacher[spec.at][to])
             if widths is not None:
                 self.projections[f"{at}-{to}"] = nn.Linear(*widths, bias=False)
@@ -111,6 +114,10 @@ class LossTerm(nn.Module):
         if f"{at}-{to}" in self.projections:
             mine = self.projections[f"{at}-{to}"](mine)
         theirs = theirs.detach().to(mine.device)
+        if self.spec.kind == "relation":
+            mine, theirs = (distance.relations(side, self.heads) for side in (mine, theirs))
+            keep = distance.keep_mask(theirs, "attention.scores", batch.get("attention_mask"), self.causal)
+            return distance.kl(mine, theirs, keep)
         keep = distance.keep_mask(theirs, self.spec.at, batch.get("attention_mask"), self.causal)
         return self.distance(mine, theirs, keep)
 

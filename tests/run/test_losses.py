@@ -37,6 +37,7 @@ def given(layers: int = 2, width: int = 6, heads: int = 2, classes: int = 3, see
         {
             "hidden": [draw(B, L, width) for _ in range(layers)],
             "attention.scores": [draw(B, heads, L, L) for _ in range(layers)],
+            "attention.values": [draw(B, heads, L, width // heads) for _ in range(layers)],
             "embeddings": [draw(B, L, width)],
             "sentence": [draw(B, width)],
         },
@@ -195,3 +196,57 @@ def test_a_tap_that_the_run_does_not_give() -> None:
     losses = built(student, teacher, {"kind": "mse", "at": "hidden"})
     with pytest.raises(PlanError, match="K742"):
         losses(Given(student.outputs), teacher, BATCH)
+
+
+def relation_by_hand(mine: Tensor, theirs: Tensor, heads: int) -> Tensor:
+    """KL of the relations of each head and real token, one token at a time."""
+    terms = []
+    for row in range(B):
+        real = int(MASK[row].sum())
+        sides = []
+        for value in (mine, theirs):
+            flat = torch.cat(list(value[row]), dim=-1)[:real]  # [length, width], heads side by side
+            parts = flat.split(flat.shape[-1] // heads, dim=-1)
+            sides.append([(part @ part.T / part.shape[-1] ** 0.5).softmax(-1) for part in parts])
+        for one, other in zip(*sides, strict=True):
+            terms += [(q * (q.log() - p.log())).sum() for p, q in zip(one, other, strict=True)]
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("heads", [None, 1, 3])
+def test_relation_compares_how_tokens_relate(heads: int | None) -> None:
+    student, teacher = given(heads=2), given(heads=3, width=12, seed=1)
+    spec = {"kind": "relation", "at": "attention.values", "layers": "last", "heads": heads}
+    losses = built(student, teacher, spec)
+    assert not list(losses.parameters())
+    _, values = losses(student, teacher, BATCH)
+    expected = relation_by_hand(
+        student.taps["attention.values"][-1], teacher.taps["attention.values"][-1], heads or 3
+    )
+    torch.testing.assert_close(values["relation(attention.values)"], expected.detach())
+
+
+def test_relation_of_equal_values_is_zero_and_padding_has_no_say() -> None:
+    student = given(heads=2)
+    other = Given(student.outputs, {**student.taps, "attention.values": []})
+    changed = [value.detach().clone() for value in student.taps["attention.values"]]
+    for value in changed:
+        value[1, :, 2:] = 99.0
+    other.taps["attention.values"] = changed  # type: ignore[index]
+    total, _ = built(student, other, {"kind": "relation", "at": "attention.values"})(student, other, BATCH)
+    assert total.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "match"),
+    [
+        ({"kind": "relation", "at": "attention.values", "heads": 4}, "K741", "divides both widths"),
+        ({"kind": "relation", "at": "attention.scores"}, "K748", "vectors"),
+        ({"kind": "mse", "at": "attention.values"}, "K741", "relation"),
+    ],
+)
+def test_relations_that_do_not_compare(spec: dict[str, Any], code: str, match: str) -> None:
+    student, teacher = given(heads=2), given(heads=2, width=10, seed=1)
+    with pytest.raises(PlanError, match=match) as caught:
+        built(student, teacher, spec)
+    assert caught.value.problems[0].code == code
