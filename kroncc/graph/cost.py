@@ -98,7 +98,7 @@ def model_cost(mg: ModelGraph) -> ModelCost:
     """Return the costs of a model as it is now; nothing is run and no weight is read."""
     graph = Graph(mg)
     return ModelCost(
-        params=_unique(mg.model.parameters(), set()),
+        params=_weights(mg.model, set()),
         bytes=_stored_bytes(mg.model),
         modules=tuple(_modules(mg, graph)),
         graph=graph,
@@ -114,6 +114,18 @@ def _unique(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
     return count
 
 
+def _weights(module: nn.Module, seen: set[int]) -> int:
+    """Return how many weights `module` has whose tensors are not all among `seen`, and add them to it.
+
+    A module that keeps weights in another form (packed, masked) says by `weights()` how many they are.
+    """
+    own = getattr(module, "weights", None)
+    if callable(own):
+        return int(own()) if _unique(module.parameters(), seen) else 0
+    count = _unique(module.parameters(recurse=False), seen)
+    return count + sum(_weights(child, seen) for child in module.children())
+
+
 def _stored_bytes(model: nn.Module) -> int:
     stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
@@ -125,13 +137,23 @@ def _modules(mg: ModelGraph, graph: Graph) -> list[ModuleCost]:
     rows = []
     for fqn in mg.fqns():
         module = mg.get(fqn)
-        params = _unique(module.parameters(), seen)
+        params = _weights(module, seen)
         row = ModuleCost(fqn, type(module).__name__, shape_text(module), params, graph)
         rows += [row] if params or row.flops(1, 8) else []
-    for name, parameter in mg.model.named_parameters():
-        params = _unique([parameter], seen)
-        if params:
+    return rows + _outside(mg.model, "", seen, graph)
+
+
+def _outside(module: nn.Module, fqn: str, seen: set[int], graph: Graph) -> list[ModuleCost]:
+    """Return a row for every Parameter, or module with `weights()`, that no called module holds."""
+    if callable(getattr(module, "weights", None)):
+        params = _weights(module, seen)
+        return [ModuleCost(fqn, type(module).__name__, shape_text(module), params, graph)] if params else []
+    rows = []
+    for name, parameter in module.named_parameters(prefix=fqn, recurse=False):
+        if params := _unique([parameter], seen):
             rows.append(ModuleCost(name, "Parameter", _extents(parameter.shape), params, graph))
+    for name, child in module.named_children():
+        rows += _outside(child, f"{fqn}.{name}".lstrip("."), seen, graph)
     return rows
 
 

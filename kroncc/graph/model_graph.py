@@ -82,7 +82,8 @@ class ModelGraph:
     def ties(self) -> tuple[tuple[str, ...], ...]:
         """Return the groups of modules that share a parameter, each in model order."""
         owners: dict[int, dict[str, None]] = {}
-        called = set(self.fqns())
+        named = self.model.named_modules(remove_duplicate=False)
+        called = set(self.fqns()) | {fqn for fqn, module in named if is_whole(module)}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), {})[_owner(name, called)] = None
         groups: list[dict[str, None]] = []
@@ -133,10 +134,15 @@ class ModelGraph:
         return self
 
 
+def is_whole(module: nn.Module) -> bool:
+    """Say whether a pass made `module` to be tied as a whole, with what is inside it."""
+    return callable(getattr(module, "tied_to", None))
+
+
 def _owner(parameter: str, called: set[str]) -> str:
-    """Return the called module that a parameter lies in, or its direct owner."""
+    """Return the outermost called (or whole) module that a parameter lies in, or its direct owner."""
     parts = parameter.split(".")[:-1]
-    for end in range(len(parts), 0, -1):
+    for end in range(1, len(parts) + 1):
         if ".".join(parts[:end]) in called:
             return ".".join(parts[:end])
     return ".".join(parts)

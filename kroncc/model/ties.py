@@ -14,14 +14,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from kroncc.graph.model_graph import is_whole
+
 
 def tied_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return for every leaf module that shares a Parameter the FQNs of the others, in model order."""
+    """Return for every leaf module that shares a Parameter the FQNs of the others, in model order.
+
+    A module that a pass made to be tied as a whole counts as a leaf.
+    """
     owners: dict[int, list[str]] = defaultdict(list)
-    for fqn, module in model.named_modules():
-        if next(module.children(), None) is not None:
-            continue
-        for parameter in module.parameters():
+    for fqn, module in _leaves(model, ""):
+        for parameter in {id(p): p for p in module.parameters()}.values():
             owners[id(parameter)].append(fqn)
     tied: dict[str, tuple[str, ...]] = {}
     for group in owners.values():
@@ -29,6 +32,20 @@ def tied_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
             others = (name for name in group if name != fqn)
             tied[fqn] = tuple(dict.fromkeys((*tied.get(fqn, ()), *others)))
     return tied
+
+
+def _leaves(
+    module: nn.Module, fqn: str, seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    if is_whole(module) or next(module.children(), None) is None:
+        yield fqn, module
+        return
+    for name, child in module.named_children():
+        yield from _leaves(child, f"{fqn}.{name}".lstrip("."), seen)
 
 
 def tie_declared(model: Any) -> None:

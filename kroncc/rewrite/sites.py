@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from kroncc.graph.model_graph import ModelGraph
+from kroncc.graph.model_graph import ModelGraph, is_whole
 from kroncc.graph.roles import Role, find_roles, module_infos
 from kroncc.recipe.schema import Scope
 from kroncc.recipe.targets import select
@@ -67,5 +67,5 @@ def _weight_partners(graph: ModelGraph, fqn: str) -> tuple[str, ...]:
     return tuple(
         other
         for other in graph.tied(fqn)
-        if mine & {id(p) for p in graph.get(other).parameters(recurse=False)}
+        if mine & {id(p) for p in graph.get(other).parameters(recurse=is_whole(graph.get(other)))}
     )
