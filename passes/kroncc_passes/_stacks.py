@@ -26,7 +26,7 @@ Kept = tuple[int, ...]
 def stacks_of(graph: ModelGraph, sites: Sequence[Site], kind: str) -> list[LayerStack]:
     """Return the stacks that hold a site, all of the model's where no targets are given.
 
-    Raises PassError K470: there is none.
+    Raises PassError K490: there is none.
     """
     stacks = find_stacks(graph)
     names = [name for site in sites for name in (site.fqn, *site.tied)]
@@ -36,13 +36,13 @@ def stacks_of(graph: ModelGraph, sites: Sequence[Site], kind: str) -> list[Layer
     if not stacks:
         raise PassError(
             f"{type(graph.model).__name__} holds its layers in no list: {kind} has nothing to work on",
-            code="K470",
+            code="K490",
             expected="an nn.ModuleList with one layer an entry (not one module that is called repeatedly)",
             remedy="take this pass out of the recipe",
         )
     raise PassError(
         f"{kind}: the targets lie in no stack of layers",
-        code="K470",
+        code="K490",
         expected=f"modules of {', '.join(stack.fqn for stack in stacks)}",
         remedy=f"target {stacks[0].fqn}.**, or leave `targets` out to mean all stacks",
     )
@@ -53,14 +53,14 @@ def per_stack(
 ) -> list[Kept]:
     """Return the layers listed for each stack: one list for all, or a list of lists, one a stack.
 
-    Raises PassError K471 (as many lists as stacks) and K472 (no such layer).
+    Raises PassError K491 (as many lists as stacks) and K492 (no such layer).
     """
     flat = tuple(one for one in given if isinstance(one, int))
     lists = [tuple(one) for one in given if not isinstance(one, int)] or [flat] * len(stacks)
     if len(lists) != len(stacks):
         raise PassError(
             f"{what}: {len(lists)} lists of layers for {len(stacks)} stacks",
-            code="K471",
+            code="K491",
             expected=f"one list each for {', '.join(stack.fqn for stack in stacks)}",
             remedy="give one flat list for all, or choose stacks by `targets`",
         )
@@ -69,7 +69,7 @@ def per_stack(
         if beyond:
             raise PassError(
                 f"{what}: {stack.fqn} has no layer {beyond[0]}",
-                code="K472",
+                code="K492",
                 expected=f"layers from 0 to {stack.size - 1}",
                 remedy="mend the list",
             )
@@ -77,12 +77,12 @@ def per_stack(
 
 
 def check_kept(graph: ModelGraph, stack: LayerStack, kept: Kept) -> None:
-    """Refuse layers that cannot stand without those that are dropped. Raises PassError K473, K474."""
+    """Refuse layers that cannot stand without those that are dropped. Raises PassError K493, K494."""
     missing = sorted(lenders(graph, stack) - set(kept))
     if missing:
         raise PassError(
             f"{stack.entry(missing[0])} computes values that other layers read: it cannot be dropped",
-            code="K473",
+            code="K493",
             expected=f"layer {missing[0]} of {stack.fqn} among those that stay",
             remedy=f"keep layer {missing[0]} in place of another one",
         )
@@ -93,7 +93,7 @@ def check_kept(graph: ModelGraph, stack: LayerStack, kept: Kept) -> None:
             raise PassError(
                 f"layer {kept[at]} of {stack.fqn} is {values[kept[at]]!r} in {name} of the config, and would "
                 f"stand at place {at}, which {type(graph.model).__name__} runs as {values[at]!r}",
-                code="K474",
+                code="K494",
                 expected=f"layers of these kinds: {', '.join(map(str, values[: len(kept)]))}",
                 remedy="list layers of the right kinds under `keep`, such as whole periods from the start",
             )

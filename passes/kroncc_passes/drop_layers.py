@@ -117,7 +117,7 @@ class DropLayers(TreePass):
     ) -> Resolved:
         """Return the pass with the layers that stay listed for each stack.
 
-        Raises PassError K470 to K475. Without `stats`, `importance` names the first layers: shapes and names
+        Raises PassError K490 to K495. Without `stats`, `importance` names the first layers: shapes and names
         come out the same whichever stay.
         """
         skipped: dict[str, Skip] = {}
@@ -163,12 +163,12 @@ class DropLayers(TreePass):
     def attach(self, graph: ModelGraph, rewriter: Rewriter, sites: Sequence[str]) -> None:
         """Put a gate behind every layer that in training passes the layer's input on at random.
 
-        Raises PassError K476 (no `rate`), K477 (a layer's input and output cannot be told).
+        Raises PassError K496 (no `rate`), K497 (a layer's input and output cannot be told).
         """
         if self.rate is None:
             raise PassError(
                 "drop-layers under `during` has no `rate`",
-                code="K476",
+                code="K496",
                 expected="rate: the probability that a layer is left out of a training step",
                 remedy="give `rate`, or move the pass to a compress step",
             )
@@ -182,7 +182,7 @@ class DropLayers(TreePass):
             if ends is None:
                 raise PassError(
                     f"what enters and leaves {stack.entry(layer)} cannot be told from the graph",
-                    code="K477",
+                    code="K497",
                     expected="layers that take the hidden state and return it",
                     remedy="leave this stack out by `targets`",
                 )
@@ -200,7 +200,7 @@ def choose(
 ) -> Kept:
     """Return `count` layers of `stack` that stay; those that lend values to others are always among them.
 
-    Raises PassError K475 (more than there are).
+    Raises PassError K495 (more than there are).
     """
     if count > stack.size:
         raise _too_few(stack, count)
@@ -231,7 +231,7 @@ def _influence(stats: Mapping[str, SiteStats], layer: str) -> float:
         return found
     raise PassError(
         f"drop-layers: the influence of {layer} was not measured",
-        code="K478",
+        code="K498",
         expected="statistics of a calibrate stage",
         remedy="give the step `calibrate`, or choose by `top`, `bottom`, `alternate` or a list",
     )
@@ -241,7 +241,7 @@ def _too_few(stack: LayerStack, count: int = 0) -> PassError:
     return PassError(
         f"drop-layers: {stack.fqn} has {stack.size} layers, "
         + (f"not {count}" if count else "and all would go"),
-        code="K475",
+        code="K495",
         expected=f"1 to {stack.size} layers that stay",
         remedy="mend `keep` or `drop`, or choose stacks by `targets`",
     )
