@@ -16,6 +16,7 @@ from kroncc.graph.layers import (
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.rewriter import Rewriter
 from kroncc.rewrite.base import Calibration, Pass, Resolved, Site, SitePass, SiteStats, Skip, TreePass
+from kroncc.rewrite.ways import exactly_one
 
 __all__ = [
     "Calibration",
@@ -31,6 +32,7 @@ __all__ = [
     "Skip",
     "TreePass",
     "config_of",
+    "exactly_one",
     "find_stacks",
     "has_cache",
     "is_causal",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from kroncc.compiler import compile_recipe
+from kroncc.errors import KronccError
 from kroncc.plan.stages import Plan
 from kroncc.recipe.loader import load_recipe
 
@@ -58,3 +59,27 @@ def test_krony_gpt2_factors_both_ffn_maps_of_every_layer():
 @pytest.mark.long
 def test_the_same_recipe_gives_the_same_plan_byte_for_byte():
     assert planned("krony-gpt2.yaml").to_json() == planned("krony-gpt2.yaml").to_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "path"),
+    [
+        ("model.source=no/such/place", "K501", "model.source"),
+        ("model.source=.", "K501", "model.source"),  # a directory without a model
+        ("model.source=package:no_such_package/x", "K502", "model.source"),
+        ("model.config.model_type=whisper", "K513", "model.task"),
+    ],
+)
+def test_an_error_that_an_override_made_says_so(tmp_path, change, code, path):
+    (tmp_path / "recipe.yaml").write_text(
+        "kroncc: 1\nname: x\nmodel: {config: {model_type: bert}, source: null, task: text-classification}\n"
+        "steps: {out: {export: {model: base}}}\n"
+    )
+    task = ["model.task=fill-mask"] if code == "K513" else ["model.config=null"]
+    loaded = load_recipe(tmp_path / "recipe.yaml", overrides=[*task, change])
+    with pytest.raises(KronccError) as caught:
+        compile_recipe(loaded, offline=True)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.path) == (code, path)
+    assert problem.place is not None
+    assert problem.place.file == f"--set {task[0] if code == 'K513' else change}"

@@ -15,6 +15,7 @@ import typer
 
 from kroncc.errors import KronccError
 
+INTERRUPTED = 130  # exit code of Ctrl-C outside of a stage
 VERBS: dict[str, tuple[str, str]] = {  # verb -> ("module:function", one line)
     "validate": ("kroncc.cli.validate:validate", "Check recipes: keys, names, options, the graph of steps."),
     "plan": ("kroncc.cli.plan:plan", "Compile a recipe and show what it would do."),
@@ -33,10 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         typer.echo(str(error), err=True)
         return error.exit_code
     except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
+            return _interrupted()
         return leaving.code if isinstance(leaving.code, int) else 0
+    except KeyboardInterrupt:
+        return _interrupted()
     except Exception as error:
         return _fault(error)
     return 0
+
+
+def _interrupted() -> int:
+    typer.echo("interrupted; nothing is lost: run the same command again", err=True)
+    return INTERRUPTED
 
 
 def _fault(error: Exception) -> int:

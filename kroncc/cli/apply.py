@@ -10,7 +10,9 @@ import typer
 from kroncc.cli.plan import Overrides
 
 if TYPE_CHECKING:
+    from kroncc.cli.reporter import ConsoleReporter
     from kroncc.plan.stages import Plan
+    from kroncc.run.executor import RunResult
 
 
 def apply(
@@ -24,27 +26,52 @@ def apply(
 ) -> None:
     """Run a recipe stage by stage. Finished stages are skipped; an interrupted one goes on where it was.
 
-    Exit codes: 0 done; 1 a stage failed or an expectation is unmet; 2 the recipe is wrong.
+    Ctrl-C and SIGTERM write a checkpoint in training. Exit codes: 0 done; 1 a stage failed or was
+    interrupted, or an expectation is unmet; 2 the recipe is wrong; 130 interrupted outside of a stage.
     """
     from kroncc.quiet import quiet_libraries
+    from kroncc.run.interrupt import terminable
 
-    with quiet_libraries():
-        from kroncc.cli.console import console
+    with quiet_libraries(), terminable():
         from kroncc.cli.reporter import ConsoleReporter
-        from kroncc.report.tables import closing_table
-        from kroncc.run.accelerators import is_main_process
-        from kroncc.run.executor import execute
+        from kroncc.run.executor import Unmet, execute
 
         plan, root = _plan(recipe, tuple(overrides or ()), output)
         directory = _directory(output, plan.name)
         if recipe.suffix != ".json":
             plan = plan.saved_in(directory, recipe, tuple(overrides or ()))
-        result = execute(plan, directory, root, until=until, fresh=fresh, reporter=ConsoleReporter())
-        if not is_main_process():
-            return
-        out = console()
-        out.print(closing_table(plan, result.values))
-        out.print(f"results: {directory}")
+        reporter = ConsoleReporter()
+        _say_notes(plan, reporter)
+        try:
+            result = execute(plan, directory, root, until=until, fresh=fresh, reporter=reporter)
+        except Unmet as error:
+            _show(plan, error.result, directory)
+            raise
+        _show(plan, result, directory)
+
+
+def _say_notes(plan: Plan, reporter: ConsoleReporter) -> None:
+    from kroncc.plan.notes import notes
+    from kroncc.run.accelerators import is_main_process
+
+    for note in notes(plan) if is_main_process() else ():
+        reporter.message(f"note: {note}")
+
+
+def _show(plan: Plan, result: RunResult, directory: Path) -> None:
+    """Print the closing table and where the results are, in one process, where a stage gave any."""
+    from kroncc.cli.console import console
+    from kroncc.plan.notes import notes
+    from kroncc.report.tables import closing_table
+    from kroncc.run.accelerators import is_main_process
+
+    if not is_main_process() or not (result.finished or result.skipped):
+        return
+    out = console()
+    out.print(closing_table(plan, result.values))
+    for note in notes(plan):
+        out.print(f"note: {note}", markup=False)
+    out.print(f"results: {directory}", markup=False)
 
 
 def _directory(output: Path | None, name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging import CRITICAL
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import datasets
 import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
 
 from kroncc.data.corpus import python_docs
 from kroncc.data.sources import PYTHON_DOCS, find_files
@@ -172,9 +174,12 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _unreadable(cause: BaseException, spec: DataSpec, name: str, files: dict[str, list[Path]]) -> DataError:
-    listed = [str(path) for paths in files.values() for path in paths]
+    every = [path for paths in files.values() for path in paths]
+    no_rows = any(sign in str(cause) for sign in NO_ROWS)
+    empty = [path for path in every if no_rows and _is_without_rows(path, spec.source)]
+    listed = [str(path) for path in empty or every]
     shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
-    if any(sign in str(cause) for sign in NO_ROWS):
+    if no_rows:
         return DataError(f"data {name!r}: no rows in {shown}", code="K605", path="files")
     remedies = {
         "csv": "check `delimiter`, and set `quoting: false` where quote characters are part of the text",
@@ -189,6 +194,15 @@ def _unreadable(cause: BaseException, spec: DataSpec, name: str, files: dict[str
         path="files",
         remedy=remedies[spec.source],
     )
+
+
+def _is_without_rows(path: Path, source: str) -> bool:
+    """Say whether a file holds no row of data; of a csv, no more than the column names."""
+    if source == "parquet":
+        return bool(pyarrow.parquet.read_metadata(path).num_rows == 0)
+    with path.open(encoding=ENCODING, errors="replace") as file:
+        lines = list(itertools.islice((line.strip() for line in file if line.strip()), 2))
+    return len(lines) <= (source == "csv") or lines == ["[]"]
 
 
 def _from_hub(spec: DataSpec, name: str) -> dict[str, datasets.Dataset]:

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kroncc.plan.notes import notes
 from kroncc.plan.stages import ModelReport, ModuleRow, Plan, SkippedRow, Stage
 
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -158,6 +159,7 @@ def render(plan: Plan) -> RenderableType:
         parts.append(
             Text(f"not read: {', '.join(unread)} (needed to apply; '?' above is not known without it)")
         )
+    parts += [Text(f"note: {note}", style="bold") for note in notes(plan)]
     for expectation, met in plan.expectations.items():
         parts.append(Text(f"expect {expectation}: {_verdict(met)}"))
     return Group(*parts)

@@ -111,5 +111,5 @@ class Plan(Frozen):
         return self.model_copy(update={"file": file, "overrides": overrides})
 
     def to_json(self) -> str:
-        """Return the plan as text, the same bytes for the same plan."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True) + "\n"
+        """Return the plan as text, the same bytes for the same plan; steps and models stay in their order."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n"

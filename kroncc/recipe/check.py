@@ -35,6 +35,9 @@ def check(draft: Draft, templates: Mapping[str, str]) -> None:
         _known(draft, "K157", "task", draft.model.task, names.TASKS, ("model", "task"))
     for name, spec in draft.data.items():
         _check_source(draft, name, spec.source, spec.files is not None)
+        if not 1 <= len(spec.text) <= 2:
+            message = f"data {name!r} names {len(spec.text)} text columns"
+            draft.note("K609", ("data", name, "text"), message, "one, or two for pairs")
     for name, (kind, body) in draft.bodies.items():
         path = ("steps", name, kind)
         _check_inputs(draft, name, body, path)

@@ -17,6 +17,7 @@ CODES: dict[str, str] = {
     "K112": "A YAML tag is refused",
     "K113": "A key is not plain text",
     "K114": "A merge key merges something other than a mapping",
+    "K115": "The file is a saved plan",
     "K120": "extends is not a file name",
     "K121": "extends goes in a circle or too deep",
     "K122": "An override is not PATH=VALUE",
@@ -70,6 +71,7 @@ CODES: dict[str, str] = {
     "K412": "A plug-in fails to load",
     "K413": "A plug-in offers something that is not a pass",
     "K601": "Data of a file source names no files",
+    "K609": "Data names more than two text columns",
     "K615": "Unknown built-in data source",
     "K616": "A data source takes no files",
 }

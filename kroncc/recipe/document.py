@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kroncc.recipe.build import LOSS_KINDS, PassSchemas, loss_schema, schema_of
@@ -11,6 +11,8 @@ from kroncc.recipe.schema import STEP_KINDS, Recipe, Scope
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _STEP_NAME = r"^([A-Za-z]|\$\{)[A-Za-z0-9_${}-]*$"
+_VARIABLE = r"\$\{[A-Za-z_][A-Za-z0-9_]*\}"
+_NOTES = ("title", "description", "default")
 _FOR_EACH = {
     "type": "object",
     "description": "one copy of the step a value; ${name} stands for it in names and text",
@@ -36,6 +38,8 @@ def recipe_schema(passes: PassSchemas) -> dict[str, Any]:
     definitions["pass"] = _named(
         {name: _options(name, passes.schema(name), definitions) for name in passes.names()}
     )
+    for name in definitions.keys() - {"ModelSpec", "DataSpec"}:
+        definitions[name] = with_variables(definitions[name])
     definitions["step"] = {"oneOf": [_step(kind) for kind in STEP_KINDS]}
     properties = {
         **schema["properties"],
@@ -57,6 +61,40 @@ def recipe_schema(passes: PassSchemas) -> dict[str, Any]:
         "else": {"required": ["kroncc", "name", "model", "steps"]},
         "$defs": definitions,
     }
+
+
+def with_variables(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema that takes `${name}` of a `for_each` in place of numbers, true, false, fixed words."""
+    grown = {key: _PARTS[key](part) if key in _PARTS else part for key, part in schema.items()}
+    kinds = grown.get("type", ())
+    if {"integer", "number", "boolean"} & ({kinds} if isinstance(kinds, str) else set(kinds)):
+        variable = f"^{_VARIABLE}$"
+    elif "enum" in grown or "const" in grown:
+        variable = _VARIABLE
+    else:
+        return grown
+    notes: dict[str, Any] = {key: grown.pop(key) for key in _NOTES if key in grown}
+    return {"anyOf": [grown, {"type": "string", "pattern": variable}], **notes}
+
+
+def _each(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [with_variables(part) for part in parts]
+
+
+def _named_each(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {name: with_variables(part) for name, part in parts.items()}
+
+
+def _one(part: dict[str, Any] | bool) -> dict[str, Any] | bool:
+    return with_variables(part) if isinstance(part, dict) else part
+
+
+_PARTS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("anyOf", "oneOf", "allOf", "prefixItems"), _each),
+    **dict.fromkeys(("properties", "patternProperties"), _named_each),
+    **dict.fromkeys(("items", "additionalProperties"), _one),
+}
+"""What stands below a schema, by keyword."""
 
 
 def _step(kind: str) -> dict[str, Any]:

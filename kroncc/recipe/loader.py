@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ def load_recipe(
     of data sources), in the order of the file.
     """
     file = Path(path)
+    refuse_plan(file)
     text = read_file(file)
     root = read_extended(as_mapping(read_yaml(text, str(path))), file, str(path))
     problems: list[Problem] = []
@@ -55,6 +57,24 @@ def load_recipe(
     if problems or draft.model is None:
         raise RecipeError(problems=_in_order(problems))
     return Loaded(_recipe(root, draft), places, file, text)
+
+
+def refuse_plan(file: Path) -> None:
+    """Raise `RecipeError` K115 for a plan that `kroncc plan` saved; it may be larger than a recipe."""
+    if file.suffix != ".json":
+        return
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # reading it as a recipe says what is wrong
+    if isinstance(value, dict) and {"stages", "models", "versions"} <= value.keys():
+        raise RecipeError(
+            "this is a saved plan, not a recipe",
+            code="K115",
+            place=Place(str(file)),
+            expected="the recipe that it was made from",
+            remedy=f"`kroncc apply {file}` checks and runs a plan",
+        )
 
 
 def _compose(root: Node, overrides: Sequence[str], problems: list[Problem]) -> tuple[Node, Mapping[str, str]]:

@@ -58,14 +58,11 @@ TASKS: tuple[str, ...] = (
     "feature-extraction",
     "fill-mask",
     "image-classification",
-    "multiple-choice",
     "question-answering",
-    "summarization",
     "text-classification",
     "text-generation",
     "text2text-generation",
     "token-classification",
-    "translation",
 )
 
 FILE_SOURCES: tuple[str, ...] = ("text", "csv", "json", "parquet")

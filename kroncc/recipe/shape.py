@@ -34,7 +34,7 @@ def faults(value: Any, schema: Schema) -> Iterator[Fault]:
     """Yield all that is wrong with `value`.
 
     K130 unknown key, K131 missing key, K132 wrong type, K133 not one of the allowed values, K134 outside of
-    the allowed range, length or pattern, K137 a key that is no good name.
+    the allowed range, length or pattern, K135 keys that exclude each other, K137 a key that is no good name.
     """
     yield from _faults(value, schema, (), schema)
 
@@ -44,7 +44,7 @@ def _faults(value: Any, schema: Schema, path: Path, root: Schema) -> Iterator[Fa
     for part in schema.get("allOf", ()):
         yield from _faults(value, part, path, root)
     choices = schema.get("anyOf") or schema.get("oneOf")
-    if choices:
+    if choices and "properties" not in schema:
         yield from _union(value, choices, schema, path, root)
         return
     allowed = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
@@ -56,7 +56,8 @@ def _faults(value: Any, schema: Schema, path: Path, root: Schema) -> Iterator[Fa
         return
     yield from _bounds(value, schema, path)
     if isinstance(value, Mapping):
-        yield from _object(value, schema, path, root)
+        wrong = list(_object(value, schema, path, root))
+        yield from wrong or _together(value, schema, path)
     elif isinstance(value, list):
         yield from _array(value, schema, path, root)
 
@@ -186,6 +187,26 @@ def _object(value: Mapping[str, Any], schema: Schema, path: Path, root: Schema) 
         if key not in value:
             wanted = describe(known.get(key, {}), root)
             yield Fault("K131", path, f"the key {key!r} is missing", f"{key}: {wanted}")
+
+
+def _together(value: Mapping[str, Any], schema: Schema, path: Path) -> Iterator[Fault]:
+    """Check the rule that exactly one of several ways is taken, each a key or any of several."""
+    ways = schema.get("oneOf", ()) if "properties" in schema else ()
+    if ways and sum(_is_taken(value, way) for way in ways) != 1:
+        message = f"give exactly one of: {'; '.join(map(_way, ways))}"
+        yield Fault("K135", path, message, "keys that go together")
+
+
+def _is_taken(value: Mapping[str, Any], way: Schema) -> bool:
+    if "anyOf" in way:
+        return any(_is_taken(value, one) for one in way["anyOf"])
+    return all(value.get(key) is not None for key in way.get("required", ()))
+
+
+def _way(way: Schema) -> str:
+    if "anyOf" in way:
+        return " and/or ".join(_way(one) for one in way["anyOf"])
+    return " and ".join(f"`{key}`" for key in way.get("required", ()))
 
 
 def _array(value: list[Any], schema: Schema, path: Path, root: Schema) -> Iterator[Fault]:

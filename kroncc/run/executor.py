@@ -32,6 +32,12 @@ class RunResult:
     skipped: tuple[str, ...]
 
 
+class Unmet(RunError):
+    """An expectation is unmet or cannot be judged; `result` is what the run gave until then."""
+
+    result: RunResult
+
+
 def execute(
     plan: Plan,
     directory: Path,
@@ -48,7 +54,7 @@ def execute(
     this; one of them writes, and training is spread over all.
 
     Raises `RunError`: K801 directory in use, K802-K804 not writable, K810 interrupted, K813 out of memory,
-    K820 an expectation is unmet, K821 one that cannot be judged; and what the stages raise.
+    and what the stages raise; `Unmet`: K820 an expectation is unmet, K821 one that cannot be judged.
     """
     stages = stages_until(plan.stages, until)
     store = RunStore(directory)
@@ -59,7 +65,7 @@ def execute(
             run.stage(stage)
             run.judge()
         run.judge(last=until is None)
-        return RunResult(run.values, tuple(run.finished), tuple(run.skipped))
+        return run.result()
 
 
 @contextmanager
@@ -101,10 +107,14 @@ class _Run:
             if report.settled:
                 self.values |= costs(name, report)
 
+    def result(self) -> RunResult:
+        """Return what the run has given so far."""
+        return RunResult(self.values, tuple(self.finished), tuple(self.skipped))
+
     def stage(self, stage: Stage) -> None:
         """Run one stage, or take over what it left."""
-        store, reporter = self.context.store, self.context.reporter
-        record = None if self.fresh else store.record(stage)
+        reporter = self.context.reporter
+        record = None if self.fresh else self._left(stage)
         wait_for_everyone()  # nobody may commit before all have looked
         if record is not None:
             reporter.stage_skipped(stage.name, "finished in an earlier run")
@@ -118,8 +128,17 @@ class _Run:
             # of two evaluations of one model and metric, the first gives the short name
             self.values.setdefault(name, value)
 
+    def _left(self, stage: Stage) -> StageRecord | None:
+        """Return what the stage left if it is finished and its files are as it wrote them."""
+        record = self.context.store.record(stage)
+        changed = self.context.store.changed(record) if record else None
+        if changed is None:
+            return record
+        self.context.reporter.message(f"{stage.name}: {changed} was changed afterwards; the step runs again")
+        return None
+
     def judge(self, last: bool = False) -> None:
-        """Raise K820 for expectations that the known values break, K821 at the end for unknown ones."""
+        """Raise `Unmet`: K820 for expectations that known values break, K821 at the end for unknown ones."""
         problems = []
         for key, text in self.context.recipe.expect.items():
             expectation = parse_expectation(key, text)
@@ -132,7 +151,9 @@ class _Run:
                 remedy = "add an evaluate step that measures it, or correct its name"
                 problems.append(Problem("K821", said, path=f"expect.{key}", remedy=remedy))
         if problems:
-            raise RunError(problems=problems)
+            error = Unmet(problems=problems)
+            error.result = self.result()
+            raise error
 
     def _work(self, stage: Stage) -> StageRecord:
         store, main = self.context.store, is_main_process()

@@ -3,11 +3,13 @@
     runs/NAME/  plan.json  journal.jsonl  steps/STEP/{stage.json, ...}  checkpoints/STEP/  cache/STEP/
 
 A stage is finished when `steps/STEP/stage.json` holds its hash and all files that it lists are there in their
-full size. The directory of a step appears by one rename, with `stage.json` already in it.
+full size; before a stage is skipped, their checksums are compared too. The directory of a step appears by one
+rename, with `stage.json` already in it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,7 +31,7 @@ RECORD = "stage.json"
 
 
 class StageRecord(BaseModel):
-    """What a finished stage left: its hash, its numbers, and its files with their sizes in bytes."""
+    """What a finished stage left: its hash, its numbers, and its files with sizes in bytes and checksums."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -42,6 +44,8 @@ class StageRecord(BaseModel):
     files: dict[str, int] = Field(default_factory=dict)
     model: str | None = None  # directory of the model, where it is not the step's own
     model_files: dict[str, int] = Field(default_factory=dict)
+    checksums: dict[str, str] = Field(default_factory=dict)  # SHA-256 of `files`
+    model_checksums: dict[str, str] = Field(default_factory=dict)  # and of `model_files`
 
 
 class RunStore:
@@ -109,6 +113,14 @@ class RunStore:
         """Say whether the stage need not run again."""
         return self.record(stage) is not None
 
+    def changed(self, record: StageRecord) -> Path | None:
+        """Return a file of a finished stage that is not what the stage wrote; None where all are."""
+        own = {self.step(record.name) / name: digest for name, digest in record.checksums.items()}
+        elsewhere = {
+            Path(record.model or "") / name: digest for name, digest in record.model_checksums.items()
+        }
+        return next((path for path, digest in (own | elsewhere).items() if _digest(path) != digest), None)
+
     @contextmanager
     def staging(self, name: str) -> Iterator[Path]:
         """Yield an empty directory beside `steps/NAME`; it is removed again unless `commit` took it."""
@@ -123,7 +135,14 @@ class RunStore:
     def commit(self, staged: Path, record: StageRecord) -> StageRecord:
         """Finish a stage: list its files, write `stage.json`, flush to disk, rename into place."""
         with writing(self.directory):
-            record = record.model_copy(update={"files": files_in(staged)})
+            files = files_in(staged)
+            sums = {
+                "checksums": {name: _digest(staged / name) for name in files},
+                "model_checksums": {
+                    name: _digest(Path(record.model or "") / name) for name in record.model_files
+                },
+            }
+            record = record.model_copy(update={"files": files, **sums})
             (staged / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
             replace_directory(staged, self.step(record.name))
             for leftover in (self.checkpoints(record.name), self.cache(record.name)):
@@ -163,6 +182,14 @@ class RunStore:
 
 def _whole(directory: Path, files: dict[str, int]) -> bool:
     return all(_size(directory / name) == size for name, size in files.items())
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _size(path: Path) -> int | None:

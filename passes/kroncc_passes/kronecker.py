@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 from torch import nn
 
-from kroncc.api import PassError, Site, SitePass, Skip
+from kroncc.api import PassError, Site, SitePass, Skip, exactly_one
 from kroncc_passes._dense import DENSE, bias_of, located, unsupported, weight_of
 from kroncc_passes._kronecker_init import Init, initial_factors
 from kroncc_passes._kronecker_layers import KroneckerEmbedding, KroneckerLinear
@@ -54,6 +54,7 @@ class Kronecker(SitePass):
     2022. Krony-PT, arXiv 2412.12351 (`init: scaled` and `prune`, the scalars).
     """
 
+    model_config = exactly_one(*WAYS)
     kind: ClassVar[str] = "kronecker"
     accepts: ClassVar[tuple[type[nn.Module], ...]] = DENSE
 

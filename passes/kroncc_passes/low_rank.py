@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kroncc.api import PassError, Site, SitePass, Skip
+from kroncc.api import PassError, Site, SitePass, Skip, exactly_one
 from kroncc_passes._dense import DENSE, bias_of, located, unsupported, weight_of
 from kroncc_passes._kronecker_math import nearest_product
 from kroncc_passes._low_rank_layers import LowRankEmbedding, LowRankLinear
@@ -56,6 +56,7 @@ class LowRank(SitePass):
     2020 (factorised embedding). Ganesh et al., Compressing large-scale Transformer-based models, TACL 2021.
     """
 
+    model_config = exactly_one(*([way] for way in WAYS))
     kind: ClassVar[str] = "low-rank"
     accepts: ClassVar[tuple[type[nn.Module], ...]] = DENSE
 

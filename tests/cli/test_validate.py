@@ -187,3 +187,30 @@ def test_passes(capsys):
     assert "targets" in out
     assert main(["passes", "kroneker"]) == 2
     assert "did you mean 'kronecker'?" in capsys.readouterr().err
+
+
+def test_a_saved_plan_is_told_apart(tmp_path: Path, capsys):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"stages": [], "models": {}, "versions": {}, "name": "x" * 2_000_000}))
+    assert main(["validate", str(plan)]) == 2
+    out = capsys.readouterr().out
+    assert f"{plan}: K115: this is a saved plan, not a recipe" in out
+    assert f"kroncc apply {plan}" in out
+    (tmp_path / "recipe.json").write_text('{"kroncc": 1}')  # JSON is YAML
+    assert main(["validate", str(tmp_path / "recipe.json")]) == 2
+    assert "K131" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        ("ratoi: 4", "ratio: 4, params: 9", "K135"),
+        ("tsk: text-classification", "task: translation", "K157"),
+        ("steps:", "data: {d: {source: text, files: x, text: [a, b, c]}}\nsteps:", "K609"),
+    ],
+)
+def test_what_needs_no_torch_is_seen(tmp_path: Path, capsys, old: str, new: str, code: str):
+    file = tmp_path / "bad.yaml"
+    file.write_text(BAD.replace(old, new))
+    assert main(["validate", str(file)]) == 2
+    assert f" {code}: " in capsys.readouterr().out

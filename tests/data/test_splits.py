@@ -324,3 +324,28 @@ def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"K608.*'nobody/nothing'"):
         open_data(DataSpec(source="nobody/nothing"), "mine", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "full", "empty"),
+    [
+        ("csv", "text\na film\n", "text\n"),
+        ("json", '{"text": "a film"}\n', "[]\n"),
+        ("text", "a film\n", "\n\n"),
+    ],
+)
+def test_only_files_without_rows_are_blamed(tmp_path: Path, source: str, full: str, empty: str) -> None:
+    (tmp_path / "full").write_text(full)
+    (tmp_path / "void").write_text(empty)
+    said = failure(tmp_path, source=source, files={"train": "full", "validation": "void"})
+    assert said.startswith("K605")
+    assert str(tmp_path / "full") not in said
+
+
+def test_a_parquet_file_without_rows_is_named(tmp_path: Path) -> None:
+    for name, rows in (("full", ["a film"]), ("void", [])):
+        features = datasets.Features({"text": datasets.Value("string")})
+        datasets.Dataset.from_dict({"text": rows}, features=features).to_parquet(tmp_path / name)
+    said = failure(tmp_path, source="parquet", files={"train": "full", "validation": "void"})
+    assert said.startswith("K605")
+    assert "full" not in said

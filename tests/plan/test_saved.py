@@ -25,6 +25,15 @@ def test_a_plan_survives_the_file(tmp_path):
     assert read_plan(path) == plan()
 
 
+def test_steps_and_models_keep_their_order(tmp_path):
+    report = plan().models["base"]
+    made = plan(models={"base": report, "small": report, "a": report}, expectations={"z": None, "b": True})
+    path = tmp_path / "plan.json"
+    path.write_text(made.to_json())
+    assert list(read_plan(path).models) == ["base", "small", "a"]
+    assert list(read_plan(path).expectations) == ["z", "b"]
+
+
 def test_the_same_plan_gives_the_same_bytes():
     assert plan().to_json() == plan().to_json()
 

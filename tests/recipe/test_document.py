@@ -82,3 +82,33 @@ def test_every_code_is_described():
     assert len(sources) > 10
     used = {code for file in sources for code in re.findall(r'"(K\d\d\d)"', file.read_text())}
     assert used - {"K100"} == set(CODES)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("ratio: 4", 'ratio: "${t}"'),
+        ("epochs: 1", 'epochs: "${t}"'),
+        ("task, {", '{kl: {temperature: "${t}"}}, {'),
+        ("losses", 'precision: "${t}", learning_rate: "${t}", cache_teacher: "${t}", losses'),
+        ("task, {", '"${t}", {'),
+    ],
+)
+def test_variables_stand_for_numbers_and_words(validator, old: str, new: str):
+    validator.validate(yaml.safe_load(RECIPE.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("ratio: 4", 'ratio: "${t}0"'), ("max_length: 8", 'max_length: "${t}"')]
+)
+def test_variables_only_where_they_mean_something(validator, old: str, new: str):
+    text = RECIPE.replace("files: x", "files: x, max_length: 8")
+    validator.validate(yaml.safe_load(text))
+    assert not validator.is_valid(yaml.safe_load(text.replace(old, new, 1)))
+
+
+def test_options_that_exclude_each_other(validator):
+    for options in ("ratio: 4, params: 9", "", "a: null"):
+        given = yaml.safe_load(RECIPE.replace("ratio: 4", options, 1))
+        assert not validator.is_valid(given), options
+    validator.validate(yaml.safe_load(RECIPE.replace("ratio: 4", "ratio: 4, a: null", 1)))

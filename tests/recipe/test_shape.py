@@ -134,3 +134,31 @@ def test_agrees_with_jsonschema(value: Any):
 def test_what_passes_is_what_pydantic_takes(value: Any):
     if not _faults(value):
         Options.model_validate(value)
+
+
+WAYS = {
+    "type": "object",
+    "properties": {"a": {}, "b": {}, "ratio": {}, "params": {}},
+    "additionalProperties": False,
+    "oneOf": [
+        {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {"required": ["ratio"]},
+        {"required": ["params"]},
+    ],
+}
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, {"b": 1, "a": 2}, {"ratio": 2}, {"params": 3, "a": None}])
+def test_one_way_is_taken(value: Any):
+    assert list(faults(value, WAYS)) == []
+
+
+@pytest.mark.parametrize("value", [{}, {"a": None}, {"a": 1, "ratio": 2}, {"ratio": 2, "params": 3}])
+def test_no_way_or_two(value: Any):
+    (fault,) = faults(value, WAYS)
+    assert fault.code == "K135"
+    assert fault.message == "give exactly one of: `a` and/or `b`; `ratio`; `params`"
+
+
+def test_an_unknown_key_is_not_blamed_twice():
+    assert [fault.code for fault in faults({"ratoi": 2}, WAYS)] == ["K130"]

@@ -132,6 +132,7 @@ def test_passes_stack_only_where_they_fit(tiny):
         (kronecker("@ffn.up", ratio=2, count=3), "K206", "3"),
         (kronecker("@ffn.up", ratoi=2), "K402", "did you mean 'ratio'"),
         (kronecker("@ffn.up", ratio="four"), "K402", "ratio"),
+        (kronecker("@ffn.up", ratio=4, params=9), "K402", "pass 'kronecker': give exactly one of: `a`"),
     ],
 )
 def test_mistakes_name_the_pass_and_its_place(tiny, call, code, text):

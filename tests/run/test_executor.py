@@ -16,7 +16,7 @@ from kroncc.errors import KronccError, PlanError, RunError
 from kroncc.model.load import load
 from kroncc.plan.stages import Plan
 from kroncc.recipe.loader import load_recipe
-from kroncc.run.executor import RunResult, execute
+from kroncc.run.executor import RunResult, Unmet, execute
 from kroncc.run.journal import read_journal
 from kroncc.run.progress import NullReporter, Step
 
@@ -296,6 +296,28 @@ def test_a_step_whose_file_is_gone_runs_again(done) -> None:
     assert again.finished == ("out",)
 
 
+def test_a_step_whose_file_was_changed_runs_again(done) -> None:
+    root, made, _, _ = done
+    weights = root / "run" / "steps" / "out" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    heard = Heard()
+    assert run(root, made, heard).finished == ("out",)
+    assert heard.messages == [f"out: {weights} was changed afterwards; the step runs again"]
+
+
+def test_how_often_to_look_is_no_part_of_the_result(done) -> None:
+    root, made, result, _ = done
+    steps = yaml.safe_load((root / "recipe.yaml").read_text())["steps"]
+    steps["teacher"]["finetune"].update(checkpoint_every=7, evaluate_every=9)
+    again = run(root, plan(root, steps=steps))
+    assert again.skipped == result.finished
+    steps["teacher"]["finetune"].update(weight_decay=0.02)
+    hashes = [stage.hash for stage in plan(root, steps=steps).stages]
+    assert hashes[0] != made.stages[0].hash
+
+
 def test_export_to_a_folder_of_its_own(root: Path) -> None:
     steps = {"out": {"export": {"model": "base", "to": "given/model"}}}
     path = make_recipe(root)
@@ -342,9 +364,11 @@ def test_an_unmet_expectation_stops_early_with_numbers(root: Path) -> None:
     whole.update(steps=order, expect={"teacher.accuracy": "> 1.5"})
     (root / "recipe.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     heard = Heard()
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(Unmet) as caught:
         run(root, compile_recipe(load_recipe(root / "recipe.yaml")), heard)
     assert caught.value.exit_code == 1
+    assert caught.value.result.finished == ("teacher", "early")
+    assert caught.value.result.values["teacher.accuracy"] <= 1.0
     assert "K820" in str(caught.value)
     assert "wanted > 1.5" in str(caught.value)
     assert heard.events[-1] == ("finished", "early")

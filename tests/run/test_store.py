@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -203,3 +204,24 @@ def test_the_record_is_readable_json(tmp_path: Path) -> None:
     with store.locked():
         finish(store)
     assert json.loads((store.step("s") / RECORD).read_text())["hash"] == "h1"
+
+
+def test_a_file_of_the_same_size_with_other_content_is_noticed(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    elsewhere = tmp_path / "given"
+    elsewhere.mkdir()
+    (elsewhere / "model.bin").write_text("weights")
+    with store.locked(), store.staging("s") as path:
+        (path / "report.json").write_text("{}")
+        made = {"model": str(elsewhere), "model_files": {"model.bin": 7}}
+        store.commit(path, StageRecord(name="s", kind="export", hash="h1", **made))
+    record = store.record(stage())
+    assert record is not None
+    assert store.changed(record) is None
+    assert record.checksums["report.json"] == hashlib.sha256(b"{}").hexdigest()
+    for file in (elsewhere / "model.bin", store.step("s") / "report.json"):
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-1] + b"?")
+        assert store.record(stage()) is not None  # by size all is well
+        assert store.changed(record) == file
+        file.write_bytes(kept)
