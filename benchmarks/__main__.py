@@ -20,7 +20,12 @@ def main(arguments: list[str]) -> int:
         for name, about in BENCHMARKS.items():
             print(f"  {name:<18} {about}")
         return 2
-    importlib.import_module(f"benchmarks.{arguments[0].replace('-', '_')}").main(*([arguments[1:]] if arguments[1:] else []))
+    main_of = importlib.import_module(f"benchmarks.{arguments[0].replace('-', '_')}").main
+    options = arguments[1:]
+    if options:
+        main_of(options)
+    else:
+        main_of()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a start that knows the data is worth: MiniLM on SST-2, seven times smaller, before and while it trains.
+"""What a start that knows the data is worth: MiniLM on SST-2, seven times smaller, before and in training.
 
     python -m benchmarks.fitting --model DIR --data DIR [--only NAME ...] [--steps 1000]
 
@@ -90,7 +90,8 @@ def line(name: str, passes: list[dict[str, Any]], reconstruct: bool, given: argp
     if reconstruct:
         student = "rebuilt"
         steps[student] = {
-            "student": "small", "teacher": "base", "data": "sst2", "rows": 7680, "epochs": 3, "learning_rate": 5e-4,
+            "student": "small", "teacher": "base", "data": "sst2",
+            "rows": 7680, "epochs": 3, "learning_rate": 5e-4,
         }  # fmt: skip
     starts = list(steps)
     models = [student]
