@@ -32,7 +32,7 @@ from kroncc.recipe.schema import (
 )
 from kroncc.rewrite.demands import Demands, Requests, requests_heard
 from kroncc.rewrite.during import install
-from kroncc.rewrite.pipeline import SkippedSite, compress_graph
+from kroncc.rewrite.pipeline import SkippedSite, compress_graph, refuse_training
 from kroncc.rewrite.reshape import reshape, tree_part
 from kroncc.rewrite.structure import Structure
 
@@ -98,6 +98,7 @@ class Models:
         """Report the model that step `name` makes; steps that make none add nothing."""
         match action:
             case Compress():
+                refuse_training(action.passes)
                 source = self.reports[action.model]
                 graph = self.rebuilt(source.structure, source.labels)
                 demands = Demands.of(graph, action.calibrate is not None)

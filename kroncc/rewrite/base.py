@@ -110,6 +110,10 @@ class Pass(BaseModel, ABC):
         """Say whether shapes follow from the options alone; where not, a plan's figures are an estimate."""
         return True
 
+    def needs_training(self) -> bool:
+        """Say whether the options mean something only under `during:`; a compress step then refuses them."""
+        return False
+
 
 class SitePass(Pass):
     """A pass that treats one module at a time: one module in, one out.
@@ -148,6 +152,13 @@ class SitePass(Pass):
         same parameters, shapes and types, values from training. Raises PassError K407 by default.
         """
         raise _no_live(self, site.fqn)
+
+    def settle(self, module: nn.Module) -> Self:  # noqa: ARG002  (subclasses read it)
+        """Return this pass, explicit for a site, with what only training could tell: `module` came of it.
+
+        Called where `settled()` is false, with what `finalise()` of the live module gave.
+        """
+        return self
 
 
 @dataclass(frozen=True)

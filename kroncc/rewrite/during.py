@@ -15,7 +15,7 @@ from kroncc.graph.rewriter import Rewriter
 from kroncc.graph.verify import verify
 from kroncc.recipe.schema import PassCall
 from kroncc.rewrite.base import Resolved, Site, SitePass, Skip, TreePass
-from kroncc.rewrite.pipeline import Run
+from kroncc.rewrite.pipeline import Applied, Run, build_pass, group
 from kroncc.rewrite.sites import Stats
 from kroncc.rewrite.structure import Structure
 from kroncc.rewrite.treat import Treated, treat
@@ -50,6 +50,18 @@ def install(
     run = _LiveRun(graph, seed, stats, before or Structure())
     run.apply_all(calls, "during")
     return Installed(run.done, run.partners, run.tree)
+
+
+def settled_structure(structure: Structure, model: nn.Module) -> Structure:
+    """Return the `structure` that was planned with what training has settled in the modules of `model`."""
+    known = Structure()
+    for entry in structure.passes:
+        pass_ = build_pass(entry.name, entry.options)
+        if isinstance(pass_, SitePass) and not pass_.settled():
+            known += group(Applied(fqn, pass_.settle(model.get_submodule(fqn))) for fqn in entry.sites)
+        else:
+            known += Structure(passes=(entry,))
+    return known
 
 
 @dataclass

@@ -126,7 +126,7 @@ class Run:
         outcomes = list(self._treat(pass_, call, treatment))
         verify(self.graph, was)
         self.skipped += [one for one in outcomes if isinstance(one, SkippedSite)]
-        self.done += _group(one for one in outcomes if isinstance(one, Applied))
+        self.done += group(one for one in outcomes if isinstance(one, Applied))
 
     def _treat(
         self, pass_: SitePass, call: PassCall, treatment: Treatment
@@ -215,6 +215,19 @@ class Run:
         )
 
 
+def refuse_training(calls: Sequence[PassCall]) -> None:
+    """Raise `PassError` K414 for calls that mean something only while a step trains."""
+    for index, call in enumerate(calls):
+        if build_pass(call.name, call.options).needs_training():
+            raise PassError(
+                f"pass {call.name!r} has options that need a training which it works in",
+                code="K414",
+                path=f"passes[{index}].{call.name}",
+                expected="options that a compress step can follow",
+                remedy="put the pass under `during` of a finetune or distill step",
+            )
+
+
 def build_pass(name: str, options: dict[str, object]) -> Pass:
     """Return the pass `name` with `options`, checked; raise `PassError` in plain words."""
     cls = get_pass(name)
@@ -239,7 +252,7 @@ def _entry(options: Pass, sites: Iterable[str]) -> AppliedPass:
     )
 
 
-def _group(applied: Iterable[Applied]) -> Structure:
+def group(applied: Iterable[Applied]) -> Structure:
     """Join sites whose resolved options are equal into one entry, in order of first appearance."""
     groups: dict[str, tuple[SitePass, list[str]]] = {}
     for one in applied:

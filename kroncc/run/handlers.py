@@ -91,8 +91,7 @@ def trained(context: Context, stage: Stage, path: Path | None) -> Outcome:
     result = train(job, context.reporter)
     if path is None:
         return Outcome()
-    settle(model, installed)
-    structure = structure_of(model) + installed.structure
+    structure = structure_of(model) + settle(model, installed)
     _check_promise(context, stage, structure)
     details = {
         "steps": result.steps,

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from kroncc.model.replay import set_module
-from kroncc.rewrite.during import Installed
+from kroncc.rewrite.during import Installed, settled_structure
+from kroncc.rewrite.structure import Structure
 
 
 def set_progress(root: nn.Module, progress: float) -> None:
@@ -52,15 +53,18 @@ def _having(root: nn.Module, method: str) -> Iterator[nn.Module]:
     return (module for module in root.modules() if callable(getattr(module, method, None)))
 
 
-def settle(model: nn.Module, installed: Installed) -> None:
+def settle(model: nn.Module, installed: Installed) -> Structure:
     """End what passes under `during` began: tie again what was tied, let a tree pass change the tree.
 
+    Returns what the passes add to the model's structure.
     `model` has its final modules at the sites; those tied to them follow.
     """
     for fqn, partners in installed.partners.items():
         tied_to = model.get_submodule(fqn).tied_to
         for name, partner in partners.items():
             set_module(model, name, tied_to(partner))  # type: ignore[operator]
+    structure = settled_structure(installed.structure, model)
     if installed.tree is not None:
         tree = installed.tree
         tree.options.end(model, tree.sites, tree.choice)
+    return structure

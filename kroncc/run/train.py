@@ -164,7 +164,7 @@ class _Loop:
         """Do one optimiser step; return its loss and terms, its learning rate, and whether to stop."""
         rate = learning_rate(self.options, item.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.objective.train()
         live.set_progress(self.job.objective, (item.step - 1) / self.total)
         shares = []
@@ -264,12 +264,20 @@ def _mark_last(batches: Sequence[Rows]) -> Iterator[tuple[Rows, bool]]:
 
 
 def _groups(objective: nn.Module, options: Training) -> list[dict[str, Any]]:
-    """Split what trains into matrices, which decay, and vectors (biases, norms, scalars), which do not."""
+    """Split what trains into matrices, which decay, and vectors (biases, norms, scalars), which do not.
+
+    A Parameter with an attribute `learning_rate` trains at that rate, times the step's schedule, and does not
+    decay.
+    """
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     if not trained:
         raise RunError("no parameter is left to train", code="K814", remedy="freeze less")
+    usual = [parameter for parameter in trained if not hasattr(parameter, "learning_rate")]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in usual if p.ndim >= 2], "weight_decay": options.weight_decay, "scale": 1.0},
+        {"params": [p for p in usual if p.ndim < 2], "weight_decay": 0.0, "scale": 1.0},
     ]
+    for own in sorted({p.learning_rate for p in trained if hasattr(p, "learning_rate")}):
+        mine = [p for p in trained if getattr(p, "learning_rate", None) == own]
+        groups.append({"params": mine, "weight_decay": 0.0, "scale": own / options.learning_rate})
     return [group for group in groups if group["params"]]
