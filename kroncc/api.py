@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kroncc.errors import PassError
+from kroncc.graph.axes import Axes, Span
 from kroncc.graph.layers import (
     LayerStack,
     config_of,
@@ -15,13 +16,20 @@ from kroncc.graph.layers import (
 )
 from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.rewriter import Rewriter
+from kroncc.graph.units import Units, features, heads, neurons, streams
 from kroncc.rewrite.base import Calibration, Pass, Resolved, Site, SitePass, SiteStats, Skip, TreePass
+from kroncc.rewrite.cut import Cut, Narrowed, apply_cuts
+from kroncc.rewrite.narrow import Group, narrow
 from kroncc.rewrite.ways import exactly_one
 
 __all__ = [
+    "Axes",
     "Calibration",
+    "Cut",
+    "Group",
     "LayerStack",
     "ModelGraph",
+    "Narrowed",
     "Pass",
     "PassError",
     "Resolved",
@@ -30,13 +38,21 @@ __all__ = [
     "SitePass",
     "SiteStats",
     "Skip",
+    "Span",
     "TreePass",
+    "Units",
+    "apply_cuts",
     "config_of",
     "exactly_one",
+    "features",
     "find_stacks",
     "has_cache",
+    "heads",
     "is_causal",
     "layer_ends",
     "lenders",
+    "narrow",
+    "neurons",
+    "streams",
     "watch_call",
 ]

@@ -9,7 +9,8 @@ from torch import fx
 
 from kroncc.graph.atoms import Atom, Extent
 from kroncc.graph.axes import Axes
-from kroncc.graph.flow import AttentionFlow, FeedForward, Flow, find_flow
+from kroncc.graph.flow import AttentionFlow, FeedForward, find_flow
+from kroncc.graph.ops import is_linear
 
 
 @dataclass
@@ -44,14 +45,34 @@ def heads(axes: Axes) -> list[Units]:
 def neurons(axes: Axes) -> list[Units]:
     """Return the neurons of every feed-forward pair."""
     flow = find_flow(axes.graph.graph)
-    return _merged((_neurons(axes, pair) for layer in flow.layers for pair in layer.feeds))
+    return _merged(_neurons(axes, pair) for layer in flow.layers for pair in layer.feeds)
 
 
-def streams(axes: Axes, flow: Flow | None = None) -> list[Atom]:
-    """Return the widths of the residual streams: what enters each stack of layers."""
-    flow = flow or find_flow(axes.graph.graph)
-    found = {id(one[0]): one[0] for node in flow.entries if len(one := axes.of(node)[-1]) == 1}
-    return list(found.values())
+def streams(axes: Axes) -> list[Units]:
+    """Return the features of the residual streams: of what enters each stack of layers."""
+    entries = find_flow(axes.graph.graph).entries
+    return _merged(_features(axes, node, []) for node in entries)
+
+
+def features(axes: Axes, fqn: str) -> Units:
+    """Return the features that a module gives."""
+    return _features(axes, axes.graph.calls(fqn)[0], [fqn])
+
+
+def _features(axes: Axes, node: fx.Node, maps: list[str]) -> Units:
+    """Return the last dimension of a value; it may be normalised over, and show in outputs."""
+    extent = axes.of(node)[-1]
+    if len(extent) != 1:
+        return Units(None, maps, [], "gives features that are laid out in groups")
+    obstacle = axes.obstacle(extent[0])
+    reason = f"gives features that cannot be cut: {obstacle}" if obstacle else ""
+    return Units(extent[0], maps, _readers(axes, extent[0]), reason)
+
+
+def _readers(axes: Axes, atom: Atom) -> list[str]:
+    """Return the linear maps whose input has the atom as its last dimension."""
+    found = (node for node in axes.graph.graph.nodes if node.op == "call_module" and is_linear(node))
+    return list(dict.fromkeys(str(node.target) for node in found if _read(axes, node) == [atom.root()]))
 
 
 def _heads(axes: Axes, attention: AttentionFlow) -> Units:

@@ -40,7 +40,7 @@ def narrow(graph: ModelGraph, axes: Axes, groups: Sequence[Group]) -> tuple[dict
 
     The source's own forwards must run with the new sizes: where they read old ones from attributes of the
     modules around, the smallest set of attributes is found with which the model, captured again, is the same
-    program but for sizes. Raises PassError K480 where there is none.
+    program but for sizes. Raises PassError K485 where there is none.
     """
     cuts = [Cut(axes.spans(one.atom), int(one.atom.root().size), one.keep, one.units) for one in groups]
     plain = narrowed(graph.model, cuts)
@@ -55,7 +55,7 @@ def narrow(graph: ModelGraph, axes: Axes, groups: Sequence[Group]) -> tuple[dict
             return with_attributes(plain, attributes), cuts
     raise PassError(
         f"{type(graph.model).__name__} does not run narrower: {trial.reason}",
-        code="K480",
+        code="K485",
         expected="forwards that take their sizes from weights or from attributes of their modules",
         remedy="keep all units there, or exclude these modules",
     )
@@ -81,7 +81,7 @@ class _Trial:
             apply_cuts(tree, list(modules), list(modules.values()))
 
         try:
-            found = capture(self.graph.model, self.graph.inputs, again)  # type: ignore[arg-type]
+            found = capture(self.graph.model, self.graph.inputs, again)
         except CaptureError as error:
             self.reason = self.reason or error.problems[0].message
             return False
@@ -99,7 +99,7 @@ class _Trial:
         return Atom(self.keeps.get(id(atom), atom.size))
 
 
-def _become(tree: nn.Module, model: nn.Module) -> None:
+def _become(tree: Any, model: nn.Module) -> None:
     """Give `tree`, a fresh model of the same class on meta, the modules that `model` has, as they are."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
