@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kroncc.plan.layout import Fitting, plain_table
 from kroncc.plan.notes import notes
 from kroncc.plan.stages import ModelReport, ModuleRow, Plan, SkippedRow, Stage
 
+SIDE_BY_SIDE = 110  # columns from which before and after stand side by side
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -23,13 +24,6 @@ def human(value: float) -> str:
         if abs(value) >= scale:
             return f"{value / scale:.2f} {unit}"
     return f"{value:g}"
-
-
-def plain_table(title: str, *, show_footer: bool = False) -> Table:
-    """Return an empty table in the one style of kroncc."""
-    return Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=show_footer, pad_edge=False
-    )
 
 
 @dataclass(frozen=True)
@@ -66,14 +60,18 @@ def _span(texts: Sequence[str]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}"
 
 
-def module_table(title: str, report: ModelReport, base: ModelReport) -> Table:
+def module_table(title: str, report: ModelReport, base: ModelReport) -> Fitting:
     """Return the table of one model: every module with parameters, before and after."""
-    ratio = f"{base.params / report.params:.2f}x smaller" if report.params else ""
+    return Fitting((_wide(title, report, base), _narrow(title, report, base)), least=SIDE_BY_SIDE)
+
+
+def _wide(title: str, report: ModelReport, base: ModelReport) -> Table:
+    """Return the table with before and after side by side."""
     table = plain_table(title, show_footer=True)
     table.add_column("module", footer="total", overflow="fold")
     table.add_column("role", overflow="fold")
     table.add_column("n", justify="right", no_wrap=True)
-    table.add_column("before -> after", footer=ratio, overflow="fold")
+    table.add_column("before -> after", footer=_ratio(report, base), overflow="fold")
     for heading, footer in (
         ("parameters", f"{base.params:,}"),
         ("after", f"{report.params:,}"),
@@ -81,23 +79,50 @@ def module_table(title: str, report: ModelReport, base: ModelReport) -> Table:
         ("after", human(report.flops.total)),
     ):
         table.add_column(heading, justify="right", no_wrap=True, footer=footer)
-    for group in fold(row for row in report.modules if row.before.params or row.before.flops):
-        table.add_row(*_module_cells(group))
+    for group in _shown(report):
+        shape, params, flops = _sides(group)
+        table.add_row(group.name, group.row.role, str(group.count), " -> ".join(shape), *params, *flops)
     return table
 
 
-def _module_cells(group: Folded) -> tuple[str, ...]:
+def _narrow(title: str, report: ModelReport, base: ModelReport) -> Table:
+    """Return the table with after below before, and the role below the module."""
+    table = plain_table(title, show_footer=True)
+    table.add_column("module\nrole", footer="total", overflow="fold")
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("before\n-> after", footer=_ratio(report, base), overflow="fold")
+    flops = f"{human(base.flops.total)}\n{human(report.flops.total)}"
+    table.add_column(
+        "parameters\nafter", justify="right", footer=f"{base.params:,}\n{report.params:,}", no_wrap=True
+    )
+    table.add_column("FLOPs\nafter", justify="right", footer=flops, no_wrap=True)
+    for group in _shown(report):
+        name = "\n".join(filter(None, (group.name, group.row.role)))
+        shape, params, cost = _sides(group)
+        cells = ("\n-> ".join(shape), *("\n".join(filter(None, side)) for side in (params, cost)))
+        table.add_row(name, str(group.count), *cells)
+    return table
+
+
+def _ratio(report: ModelReport, base: ModelReport) -> str:
+    return f"{base.params / report.params:.2f}x smaller" if report.params else ""
+
+
+def _shown(report: ModelReport) -> list[Folded]:
+    return fold(row for row in report.modules if row.before.params or row.before.flops)
+
+
+def _sides(group: Folded) -> tuple[tuple[str, ...], tuple[str, str], tuple[str, str]]:
+    """Return shapes, parameters and FLOPs, each before and after; nothing after where nothing was done."""
     before, after = group.row.before, group.row.after
     changed = bool(group.row.passes)
     return (
-        group.name,
-        group.row.role,
-        str(group.count),
-        f"{before.shape} -> {after.shape}" if changed else before.shape,
-        f"{before.params:,}",
-        f"{after.params:,}" if changed else "",
-        human(before.flops) if before.flops else "",
-        human(after.flops) if changed and after.flops else "",
+        (before.shape, after.shape) if changed else (before.shape,),
+        (f"{before.params:,}", f"{after.params:,}" if changed else ""),
+        (
+            human(before.flops) if before.flops else "",
+            human(after.flops) if changed and after.flops else "",
+        ),
     )
 
 
@@ -114,16 +139,21 @@ def skipped_table(rows: Sequence[SkippedRow]) -> Table:
     return table
 
 
-def stage_table(plan: Plan) -> Table:
-    """Return the table of stages with what they wait for and what they cost."""
+def stage_table(plan: Plan) -> Fitting:
+    """Return the table of stages: what they wait for, what they cost; a narrow one leaves out hashes."""
+    return Fitting((_stages(plan, hashes=True), _stages(plan, hashes=False)))
+
+
+def _stages(plan: Plan, *, hashes: bool) -> Table:
     table = plain_table("stages")
-    for column, justify in (("stage", "left"), ("kind", "left"), ("needs", "left"), ("steps", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("FLOPs", justify="right")
-    table.add_column("parameters", justify="right")
-    table.add_column("hash")
+    for column in ("stage", "kind", "needs"):
+        table.add_column(column, overflow="fold")
+    for column in ("steps", "FLOPs", "parameters"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if hashes:
+        table.add_column("hash", no_wrap=True)
     for stage in plan.stages:
-        table.add_row(*_stage_cells(stage, plan.models.get(stage.name)))
+        table.add_row(*_stage_cells(stage, plan.models.get(stage.name))[: len(table.columns)])
     return table
 
 

@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from kroncc.plan.render import human, plain_table
+from kroncc.plan.layout import Fitting, plain_table
+from kroncc.plan.render import human
 from kroncc.plan.stages import ModelReport, Plan
 from kroncc.recipe.names import COSTS
 
+Rows = Mapping[str, Sequence[str]]  # model -> cells
 DISK = "disk"  # bytes of the weight files; a value `MODEL.disk`
 LATENCY = "latency"  # milliseconds at batch 1; a value `MODEL.latency`
 
 
-def closing_table(plan: Plan, values: Mapping[str, float]) -> Table:
+def closing_table(plan: Plan, values: Mapping[str, float]) -> Fitting:
     """Return a table with one row a model: sizes, FLOPs and every metric in `values` (`MODEL.metric`)."""
     measured = {name: _metrics(name, values) for name in plan.models}
     metrics = list(dict.fromkeys(metric for row in measured.values() for metric in row))
-    table = plain_table(f"{plan.name}: result ({plan.length} tokens, batch 1)")
-    table.add_column("model", overflow="fold")
-    for column in ("parameters", "bytes on disk", "FLOPs", *(_heading(metric) for metric in metrics)):
-        table.add_column(column, justify="right", overflow="fold")
     base = plan.models["base"]
     shown = [name for name in measured if measured[name]] or [
         name for name in measured if f"{name}.{DISK}" in values
     ]
-    for name, report in plan.models.items():
-        if name != "base" and name not in shown:
-            continue
-        cells = [_cell(metric, measured[name], measured["base"]) for metric in metrics]
-        table.add_row(name, *_sizes(name, report, base, values), *cells)
+    rows = {
+        name: [
+            *_sizes(name, report, base, values),
+            *(_cell(metric, measured[name], measured["base"]) for metric in metrics),
+        ]
+        for name, report in plan.models.items()
+        if name == "base" or name in shown
+    }
+    title = f"{plan.name}: result ({plan.length} tokens, batch 1)"
+    headings = ["parameters", "bytes on disk", "FLOPs", *(_heading(metric) for metric in metrics)]
+    return Fitting(
+        (_wide(title, headings, rows), _stacked(title, headings, rows), _listed(title, headings, rows))
+    )
+
+
+def _wide(title: str, headings: Sequence[str], rows: Rows) -> Table:
+    """Return the table with a line a model."""
+    table = plain_table(title)
+    table.add_column("model", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def _stacked(title: str, headings: Sequence[str], rows: Rows) -> Table:
+    """Return the table with ratios below their figures, and long headings in two lines."""
+    split = [re.sub(r"(?<=[._ ])(?=\w)", "\n", heading) for heading in headings]
+    table = _wide(title, split, {name: [_in_two(cell) for cell in row] for name, row in rows.items()})
+    table.collapse_padding = True
+    return table
+
+
+def _in_two(cell: str) -> str:
+    return cell.replace(" (", "\n(")
+
+
+def _listed(title: str, headings: Sequence[str], rows: Rows) -> Table:
+    """Return the table with a line a figure."""
+    table = plain_table(title)
+    for column in ("model", "figure"):
+        table.add_column(column, overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        known = [(heading, cell) for heading, cell in zip(headings, cells, strict=True) if cell]
+        for index, (heading, cell) in enumerate(known):
+            table.add_row("" if index else name, heading, cell, end_section=index == len(known) - 1)
     return table
 
 
