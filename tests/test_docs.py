@@ -1,5 +1,6 @@
 """What the docs show must work: every recipe in them compiles."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 
 from kroncc.compiler import compile_recipe
 from kroncc.recipe.loader import load_recipe
-from kroncc.rewrite.registry import schemas
+from kroncc.report.reference import markdown_index, markdown_page
+from kroncc.rewrite.registry import pass_schema, schemas
+from kroncc_passes import PASSES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,3 +47,19 @@ def test_links_between_pages_hold():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_reference_pages_are_those_of_the_passes():
+    """Run with KRONCC_UPDATE_GOLDENS=1 to write them anew."""
+    table = {name: pass_schema(name) for name in PASSES}
+    pages = {f"{name}.md": markdown_page(name, schema) for name, schema in table.items()}
+    pages["index.md"] = markdown_index(table)
+    folder = ROOT / "docs" / "passes"
+    if os.environ.get("KRONCC_UPDATE_GOLDENS"):
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.md"):
+            old.unlink()
+        for name, text in pages.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    written = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    assert written == pages
