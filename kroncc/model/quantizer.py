@@ -73,6 +73,7 @@ class KronccQuantizer(HfQuantizer):  # type: ignore[misc]
         done = replay(model, self.quantization_config.structure)
         self.quantization_config = KronccConfig(done.structure)
         self._stubs = _add_stubs(model, done.replaced)
+        self._frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         # while factors are tied one after the other, no new module can say yet what its weight is
         model.__dict__["_adjust_bias"] = _leave_bias
         return model
@@ -81,6 +82,9 @@ class KronccQuantizer(HfQuantizer):  # type: ignore[misc]
         del model.__dict__["_adjust_bias"]
         for module, name in self._stubs:
             del module.__dict__[name]
+        for name, parameter in model.named_parameters():  # loading makes all floats train
+            if name in self._frozen:
+                parameter.requires_grad_(False)
         # `half`, `float`, Trainer and accelerate treat whatever carries these marks as frozen integers
         for mark in ("hf_quantizer", "quantization_method"):
             if mark in model.__dict__:
