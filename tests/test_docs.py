@@ -8,6 +8,7 @@ import pytest
 
 from kroncc.compiler import compile_recipe
 from kroncc.recipe.loader import load_recipe
+from kroncc.recipe.schema import STEP_KINDS, DataSpec, LossSpec, ModelSpec, Scope
 from kroncc.report.reference import markdown_index, markdown_page
 from kroncc.rewrite.registry import pass_schema, schemas
 from kroncc_passes import PASSES
@@ -63,3 +64,11 @@ def test_the_reference_pages_are_those_of_the_passes():
             (folder / name).write_text(text, encoding="utf-8")
     written = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
     assert written == pages
+
+
+@pytest.mark.parametrize("kind", [ModelSpec, DataSpec, *STEP_KINDS.values(), LossSpec, Scope])
+def test_every_key_of_a_recipe_is_explained(kind):
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    code = " ".join(re.findall(r"`([^`\n]+)`", page))
+    words = set(re.findall(r"[a-z_]+", code)) | {"kind"}  # the kind of a loss is its name
+    assert set(kind.model_fields) <= words, sorted(set(kind.model_fields) - words)

@@ -23,6 +23,7 @@ from kroncc.model.source import Origin, resolve, tokenizer_for
 from kroncc.plan.stages import ModelReport, Plan
 from kroncc.recipe.names import BASE
 from kroncc.recipe.schema import Recipe
+from kroncc.recipe.written import as_written
 from kroncc.rewrite.reshape import reshape, tree_part
 from kroncc.run.files import files_in
 from kroncc.run.progress import Reporter
@@ -121,8 +122,8 @@ class Context:
         return Batches(tokens, tokenizer, self.task, size, seed=seed or 0, shuffle=seed is not None)
 
     def recipe_text(self) -> str:
-        """Return the resolved recipe as YAML."""
-        return yaml.safe_dump(self.plan.recipe, sort_keys=False, allow_unicode=True)
+        """Return the resolved recipe as YAML, in the form of a recipe file."""
+        return yaml.safe_dump(as_written(self.recipe), sort_keys=False, allow_unicode=True)
 
 
 def positions_of(model: PreTrainedModel) -> int | None:

@@ -16,6 +16,7 @@ from kroncc.errors import KronccError, PlanError, RunError
 from kroncc.model.load import load
 from kroncc.plan.stages import Plan
 from kroncc.recipe.loader import load_recipe
+from kroncc.rewrite.registry import schemas
 from kroncc.run.executor import RunResult, Unmet, execute
 from kroncc.run.journal import read_journal
 from kroncc.run.progress import NullReporter, Step
@@ -214,7 +215,8 @@ def test_every_model_step_is_a_complete_directory(done) -> None:
         step = root / "run" / "steps" / name
         files = {path.name for path in step.iterdir()}
         assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "report.json"} <= files
-        assert yaml.safe_load((step / "recipe.yaml").read_text()) == made.recipe
+        again = load_recipe(step / "recipe.yaml", passes=schemas()).recipe
+        assert again.model_dump(mode="json", exclude_defaults=True) == made.recipe
         report = json.loads((step / "report.json").read_text())
         model = load(step)
         assert report["params"] == sum(parameter.numel() for parameter in model.parameters())
