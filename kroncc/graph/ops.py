@@ -101,7 +101,7 @@ def kind_of(node: fx.Node) -> Kind:
     operands = tensor_inputs(node)
     given = value_of(operands[0]) if len(operands) == 1 else None
     result = value_of(node)
-    if given is None or result is None or isinstance(module, CONVOLUTIONS):
+    if given is None or result is None or isinstance(module, (CONVOLUTIONS, nn.RNNBase)):
         return "other"
     return _kind_by_shape(module, given, result)
 

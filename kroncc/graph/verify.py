@@ -80,11 +80,12 @@ def verify(
         raise _broken("K445", f"nothing reads {', '.join(lost[:5])}", "no orphan parameters", "remove them")
 
 
-def verify_reshaped(mg: ModelGraph, before: GraphStructure) -> None:
+def verify_reshaped(mg: ModelGraph, before: GraphStructure, *, unread: bool = False) -> None:
     """Check a model graph that was captured again after its tree changed.
 
     Inputs stay; outputs keep their names and types, and may differ in the last extent alone (a narrower
-    hidden state). Ties are those that the new tree has. Raises PassError as `verify`.
+    hidden state). Ties are those that the new tree has. With `unread`, parameters may lose their last reader.
+    Raises PassError as `verify`.
     """
     verify(mg)
     now = structure_of(mg)
@@ -98,7 +99,7 @@ def verify_reshaped(mg: ModelGraph, before: GraphStructure) -> None:
         )
     had = before.tensors.keys() - before.uncalled
     lost = sorted(name for name in now.uncalled - before.uncalled if name in had)
-    if lost:
+    if lost and not unread:
         raise _broken("K445", f"nothing reads {', '.join(lost[:5])}", "no orphan parameters", "remove them")
 
 

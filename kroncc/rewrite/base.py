@@ -180,10 +180,13 @@ class TreePass(Pass):
     """A pass that changes several modules together: how many layers, how wide, which are shared.
 
     It rewrites the module tree; the framework captures the graph again and checks that inputs and outputs
-    stayed what they were. Loading repeats `rewrite` alone, on meta, without the graph.
+    stayed what they were, and that nothing is left that no one reads, unless the pass is `unread`: it may
+    leave a table that only the replaced layers read. Loading repeats `rewrite` alone, on meta, without the
+    graph.
     """
 
     order: ClassVar[int] = 10
+    unread: ClassVar[bool] = False
 
     def requests(self, graph: ModelGraph, sites: Sequence[Site]) -> Mapping[str, Calibration]:  # noqa: ARG002
         """Return what the pass wants to know, by module; by default `needs()` of every site."""
@@ -199,7 +202,7 @@ class TreePass(Pass):
     def rewrite(self, model: nn.Module, sites: Sequence[str], choice: Any = None) -> None:
         """Change `model` in place as the explicit options say; on meta, or on real weights with `choice`."""
 
-    def begin(self, model: nn.Module, sites: Sequence[str]) -> None:
+    def begin(self, model: nn.Module, sites: Sequence[str], choice: Any = None) -> None:
         """Change the tree before a step trains with `during:`; the graph is captured after it."""
 
     def attach(self, graph: ModelGraph, rewriter: Rewriter, sites: Sequence[str]) -> None:  # noqa: ARG002

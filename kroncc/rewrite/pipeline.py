@@ -170,7 +170,7 @@ class Run:
         resolved.options.rewrite(self.graph.model, resolved.sites, resolved.choice)
         self.done += self.entry(resolved)
         self.recapture(call.name)
-        verify_reshaped(self.graph, was)
+        verify_reshaped(self.graph, was, unread=pass_.unread)
         return resolved.choice
 
     def entry(self, resolved: Resolved) -> Structure:

@@ -10,5 +10,7 @@ PASSES: dict[str, str] = {
     "prune-neurons": "kroncc_passes.prune_neurons:PruneNeurons",
     "prune-weights": "kroncc_passes.prune_weights:PruneWeights",
     "quantize": "kroncc_passes.quantize:Quantize",
+    "squeeze": "kroncc_passes.squeeze:Squeeze",
     "share-layers": "kroncc_passes.share_layers:ShareLayers",
+    "student": "kroncc_passes.student:Student",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from kroncc.api import (
 
 COUNTS = re.compile(r"(layer|block)_?(idx|id|index|num|number)")  # attributes that say which layer this is
 Kept = tuple[int, ...]
+Way = Literal["top", "bottom", "alternate", "importance"]  # which layers go
 
 
 def stacks_of(graph: ModelGraph, sites: Sequence[Site], kind: str) -> list[LayerStack]:
@@ -74,6 +76,45 @@ def per_stack(
                 remedy="mend the list",
             )
     return lists
+
+
+def choose(
+    graph: ModelGraph, stack: LayerStack, count: int, way: Way, influence: Sequence[float] | None = None
+) -> Kept:
+    """Return `count` layers of `stack` that stay; those that lend values to others are always among them.
+
+    `importance` goes by `influence`, one number a layer; without it (while planning) the first ones stay.
+    Raises PassError K495 (more than there are).
+    """
+    if count > stack.size:
+        raise too_few(stack, count)
+    if way == "importance" and influence is None:
+        return tuple(range(count))
+    fixed = lenders(graph, stack)
+    order = _order(stack.size, count, way, influence or ())
+    return tuple(sorted(sorted(order, key=lambda layer: layer not in fixed)[:count]))
+
+
+def _order(size: int, count: int, way: Way, influence: Sequence[float]) -> list[int]:
+    """Return all layers, those that should stay first."""
+    if way == "importance":
+        return sorted(range(size), key=lambda layer: (-influence[layer], layer))
+    if way == "top":
+        return list(range(size))
+    if way == "bottom":
+        return list(reversed(range(size)))
+    stay = [place * size // count for place in range(count)]
+    return [*stay, *(layer for layer in range(size) if layer not in stay)]
+
+
+def too_few(stack: LayerStack, count: int) -> PassError:
+    """Return the error for a stack that cannot keep `count` layers."""
+    return PassError(
+        f"{stack.fqn} has {stack.size} layers; {count} cannot stay",
+        code="K495",
+        expected=f"1 to {stack.size} layers",
+        remedy="mend the number or list of layers, or choose stacks by `targets`",
+    )
 
 
 def check_kept(graph: ModelGraph, stack: LayerStack, kept: Kept) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -21,15 +21,13 @@ from kroncc.api import (
     TreePass,
     find_stacks,
     layer_ends,
-    lenders,
 )
 from kroncc_passes._layer_gate import LayerGate
-from kroncc_passes._stacks import Kept, check_kept, cut, per_stack, stacks_of
+from kroncc_passes._stacks import Kept, Way, check_kept, choose, cut, per_stack, stacks_of, too_few
 
 Count = Annotated[int, Field(gt=0, strict=True)]
 Layer = Annotated[int, Field(ge=0, strict=True)]
 Listed = Annotated[tuple[Layer, ...], Field(min_length=1)]
-Way = Literal["top", "bottom", "alternate", "importance"]
 
 
 class DropLayers(TreePass):
@@ -141,7 +139,8 @@ class DropLayers(TreePass):
         """Return the layers that stay, for each stack."""
         if isinstance(self.keep, int):
             way = self.drop if isinstance(self.drop, str) else "alternate"
-            return [choose(graph, stack, self.keep, way, stats) for stack in stacks]
+            counted = {stack.fqn: _influence(stats, stack) for stack in stacks if way == "importance"}
+            return [choose(graph, stack, self.keep, way, counted.get(stack.fqn)) for stack in stacks]
         if self.keep is not None:
             return per_stack(self.keep, stacks, "keep")
         gone = per_stack(self.drop, stacks, "drop") if isinstance(self.drop, tuple) else [()] * len(stacks)
@@ -150,7 +149,7 @@ class DropLayers(TreePass):
         ]
         for stack, layers in zip(stacks, kept, strict=True):
             if not layers:
-                raise _too_few(stack)
+                raise too_few(stack, 0)
         return kept
 
     def rewrite(self, model: nn.Module, sites: Sequence[str], choice: Any = None) -> None:  # noqa: ARG002
@@ -195,55 +194,20 @@ class DropLayers(TreePass):
             replaced[ends.leaves] = call
 
 
-def choose(
-    graph: ModelGraph, stack: LayerStack, count: int, way: Way, stats: Mapping[str, SiteStats] | None
-) -> Kept:
-    """Return `count` layers of `stack` that stay; those that lend values to others are always among them.
-
-    Raises PassError K495 (more than there are).
-    """
-    if count > stack.size:
-        raise _too_few(stack, count)
-    if way == "importance" and stats is None:
-        return tuple(range(count))
-    if way == "importance":
-        influence = [_influence(stats or {}, stack.entry(layer)) for layer in range(stack.size)]
-        order = sorted(range(stack.size), key=lambda layer: (-influence[layer], layer))
-    else:
-        order = _order(stack.size, count, way)
-    fixed = lenders(graph, stack)
-    return tuple(sorted(sorted(order, key=lambda layer: layer not in fixed)[:count]))
-
-
-def _order(size: int, count: int, way: Way) -> list[int]:
-    """Return all layers, those that should stay first."""
-    if way == "top":
-        return list(range(size))
-    if way == "bottom":
-        return list(reversed(range(size)))
-    stay = [place * size // count for place in range(count)]
-    return [*stay, *(layer for layer in range(size) if layer not in stay)]
-
-
-def _influence(stats: Mapping[str, SiteStats], layer: str) -> float:
-    found = stats[layer].influence if layer in stats else None
-    if found is not None:
-        return found
+def _influence(stats: Mapping[str, SiteStats] | None, stack: LayerStack) -> list[float] | None:
+    """Return the influence of each layer; None while planning. Raises PassError K498 (not measured)."""
+    if stats is None:
+        return None
+    layers = [stack.entry(layer) for layer in range(stack.size)]
+    found = [stats[layer].influence if layer in stats else None for layer in layers]
+    known = [value for value in found if value is not None]
+    if len(known) == len(layers):
+        return known
     raise PassError(
-        f"drop-layers: the influence of {layer} was not measured",
+        f"drop-layers: the influence of {layers[found.index(None)]} was not measured",
         code="K498",
         expected="statistics of a calibrate stage",
         remedy="give the step `calibrate`, or choose by `top`, `bottom`, `alternate` or a list",
-    )
-
-
-def _too_few(stack: LayerStack, count: int = 0) -> PassError:
-    return PassError(
-        f"drop-layers: {stack.fqn} has {stack.size} layers, "
-        + (f"not {count}" if count else "and all would go"),
-        code="K495",
-        expected=f"1 to {stack.size} layers that stay",
-        remedy="mend `keep` or `drop`, or choose stacks by `targets`",
     )
 
 

@@ -239,7 +239,8 @@ def _alone(model: nn.Module, stack: LayerStack, groups: Groups, parts: Sequence[
     left: dict[str, Skip] = {}
     for group in groups:
         shared = _same(layers, group, mine)
-        for at, path, name in ((at, *held) for at in group for held in _held(layers[at])):
+        held = [(at, path, name) for at in group for path, name in _held(layers[at])]
+        for at, path, name in held:
             if f"{path}.{name}".lstrip(".") in shared or (mine and not _lies_in(f"{at}.{path}", mine)):
                 continue
             among = "targeted modules of " if mine else ""
