@@ -62,13 +62,13 @@ def undivided(module: nn.Module, m: int) -> str:
 
 
 def check_kept(site: Site, kept: Mapping[str, int]) -> None:
-    """Raise PassError K481 unless `kept` has a possible count for each weight of the site."""
+    """Raise PassError K480 unless `kept` has a possible count for each weight of the site."""
     sizes = {name: weight.numel() for name, weight in matrices(site.module).items()}
     if sizes.keys() == kept.keys() and all(kept[name] <= size for name, size in sizes.items()):
         return
     raise PassError(
         f"{site.fqn}: `kept` counts {dict(kept)}, the weights have {sizes} entries",
-        code="K481",
+        code="K480",
         expected="a count for each weight, no more than it has",
         remedy="leave `kept` to the pass",
     )
@@ -77,14 +77,14 @@ def check_kept(site: Site, kept: Mapping[str, int]) -> None:
 def importance(site: Site, name: str, by: str) -> Tensor:
     """Return what the entries of a weight are ranked by, float32, of its shape.
 
-    `fisher` and `activations` read `site.stats`; else it is the size. Raises PassError K480 for a weight that
+    `fisher` and `activations` read `site.stats`; else it is the size. Raises PassError K425 for a weight that
     is not finite.
     """
     weight = site.module.get_parameter(name).detach()
     if not bool(weight.isfinite().all()):
         raise PassError(
             f"{site.fqn}: its {name} is not finite",
-            code="K480",
+            code="K425",
             expected="finite weights",
             remedy="check the training that made the model",
         )

@@ -160,7 +160,7 @@ class PruneWeights(SitePass):
     def replace(self, site: Site) -> nn.Module | Skip:
         """Return the module with its weights stored without their zeros.
 
-        Raises PassError K480 (a weight is not finite), K481 (the counts of another module).
+        Raises PassError K425 (a weight is not finite), K480 (the counts of another module).
         """
         resolved = self.resolve(site)
         if isinstance(resolved, Skip):
@@ -172,7 +172,7 @@ class PruneWeights(SitePass):
         )
 
     def live(self, site: Site) -> nn.Module | Skip:
-        """Return the module whose weights are pruned while they train. Raises PassError K407, K481."""
+        """Return the module whose weights are pruned while they train. Raises PassError K407, K480."""
         resolved = self.resolve(site)
         if isinstance(resolved, Skip):
             return resolved

@@ -354,7 +354,6 @@ class TestModels:
     def test_global_plans_the_whole(self, tiny):
         graph = capture(tiny("bert"))
         dense = model_cost(graph).params
-        compress_graph(capture(tiny("bert").to("meta")), [call(MAPS, sparsity=0.7, scope="global")])
         planned = capture(tiny("bert").to("meta"))
         compress_graph(planned, [call(MAPS, sparsity=0.7, scope="global")])
         compress_graph(graph, [call(MAPS, sparsity=0.7, scope="global")])
@@ -536,12 +535,12 @@ class TestRefuses:
         module.weight.data[1, 2] = torch.nan
         with pytest.raises(PassError, match=r"encoder\.up: its weight is not finite") as error:
             PruneWeights(sparsity=0.5).replace(site(module))
-        assert error.value.problems[0].code == "K480"
+        assert error.value.problems[0].code == "K425"
 
     def test_counts_of_another_module(self):
         with pytest.raises(PassError, match="`kept` counts") as error:
             PruneWeights(sparsity=0.5, kept={"weight": 99}).replace(site(nn.Linear(4, 4)))
-        assert error.value.problems[0].code == "K481"
+        assert error.value.problems[0].code == "K480"
 
     def test_statistics_while_training(self):
         with pytest.raises(PassError, match="has no form that trains") as error:
