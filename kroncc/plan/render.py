@@ -158,13 +158,14 @@ def _stages(plan: Plan, *, hashes: bool) -> Table:
 
 
 def _stage_cells(stage: Stage, report: ModelReport | None) -> tuple[str, ...]:
-    unknown = "?" if stage.kind in ("train", "reconstruct") else ""
+    trains = stage.kind in ("train", "reconstruct")
+    steps, flops = "?" * trains, "?" * (trains or stage.kind == "calibrate")
     return (
         stage.name,
         stage.kind,
         ", ".join(stage.needs) or "base",
-        f"{stage.steps:,}" if stage.steps is not None else unknown,
-        f"<= {human(stage.flops)}" if stage.flops is not None else unknown,
+        f"{stage.steps:,}" if stage.steps is not None else steps,
+        f"<= {human(stage.flops)}" if stage.flops is not None else flops,
         f"{report.params:,}" if report else "",
         stage.hash[:8],
     )

@@ -63,6 +63,9 @@ def _less_memory(stage: Stage) -> str:
                 f"lower {batch} and raise accumulate by the same factor, lower max_length of the data, "
                 "or train in bf16"
             )
+        case "calibrate":
+            size = stage.options["calibrate"]["batch_size"]
+            return f"lower calibrate.batch_size (now {size}), or max_length of the data"
         case "reconstruct" | "evaluate":
             return f"lower {batch}, or max_length of the data"
     return "free memory, or run on a machine that has more"
