@@ -23,8 +23,12 @@ def unsupported(module: nn.Module, kind: str) -> str:
 
 def weight_of(module: nn.Module) -> Tensor:
     """Return the weight as [out, in] (tokens x width of an embedding); Conv1D stores it as [in, out]."""
-    weight = module.get_parameter("weight")
-    return weight.t() if isinstance(module, Conv1D) else weight
+    return out_by_in(module, module.get_parameter("weight"))
+
+
+def out_by_in(module: nn.Module, like_weight: Tensor) -> Tensor:
+    """Return a matrix that is laid out as the weight of `module` is, as [out, in]."""
+    return like_weight.t() if isinstance(module, Conv1D) else like_weight
 
 
 def bias_of(module: nn.Module) -> nn.Parameter | None:

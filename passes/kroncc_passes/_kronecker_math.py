@@ -51,6 +51,34 @@ def nearest_product(weight: Tensor, a: Shape, b: Shape, rank: int, seed: int = 0
     return first.reshape(rank, *a), second.reshape(rank, *b)
 
 
+def squared_singular_values(weight: Tensor, a: Shape, b: Shape) -> Tensor:
+    """Return those of R for `weight` [m1 m2, n1 n2], all of them, the largest first, in float64.
+
+    Raises PassError K425 if the weight is not finite.
+    """
+    rearranged = rearrange(weight.detach(), a, b)
+    if math.prod(a) > math.prod(b):
+        rearranged = rearranged.permute(2, 3, 0, 1)
+    values: Tensor = torch.linalg.eigvalsh(_gram(rearranged)).clamp(min=0).flip(0)
+    return values
+
+
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same product `left` [p, rank] times `right` [rank, q], as the nearest has them.
+
+    Their columns and rows are the singular vectors of the product, each with the root of its singular value.
+    """
+    left_basis, left_mix = torch.linalg.qr(left)
+    right_basis, right_mix = torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(left_mix @ right_mix.T)
+    left, right = left_basis @ u, v @ right_basis.T
+    short = left if left.shape[0] < right.shape[1] else right.T
+    largest = short.gather(0, short.abs().argmax(0, keepdim=True))
+    root = values.sqrt()
+    signed = torch.where(largest < 0, -root, root)
+    return left * signed, right * signed.T
+
+
 def rearrange(weight: Tensor, a: Shape, b: Shape) -> Tensor:
     """Return the view [m1, n1, m2, n2] of `weight` [m1 m2, n1 n2]; its two halves flattened give R."""
     return weight.reshape(a[0], b[0], a[1], b[1]).permute(0, 2, 1, 3)
@@ -73,10 +101,15 @@ def _leading_vectors(rearranged: Tensor, rank: int, seed: int) -> tuple[Tensor, 
 
 def _by_gram(rearranged: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Use the eigenvectors of R R^T, all in float64: squaring costs half the digits."""
-    gram = sum((block @ block.T for block in _blocks(rearranged)), start=torch.zeros(()))
-    _require_finite(gram.diagonal().sum().item())
-    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    vectors = torch.linalg.eigh(_gram(rearranged)).eigenvectors[:, -rank:].flip(1)
     return vectors, torch.cat([vectors.T @ block for block in _blocks(rearranged)], dim=1)
+
+
+def _gram(rearranged: Tensor) -> Tensor:
+    """Return R R^T in float64."""
+    gram: Tensor = sum((block @ block.T for block in _blocks(rearranged)), start=torch.zeros(()))
+    _require_finite(gram.diagonal().sum().item())
+    return gram
 
 
 def _blocks(rearranged: Tensor) -> Iterator[Tensor]:

@@ -10,7 +10,11 @@ from pydantic import ValidationError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kroncc.api import PassError, Site, Skip
+from kroncc.api import Calibration, PassError, Site, SiteStats, Skip
+from kroncc.graph.capture import capture
+from kroncc.model.save import save_model
+from kroncc.recipe.schema import PassCall, Scope
+from kroncc.rewrite.pipeline import compress_graph
 from kroncc.testing import assert_lossless, assert_reloads, assert_rewrites, assert_skips
 from kroncc_passes.kronecker import Kronecker
 
@@ -357,3 +361,99 @@ def test_every_option_is_described_and_the_page_is_complete():
         "Example",
         "References",
     ]
+
+
+def stats_of(module, count=50):
+    """Return statistics of random inputs for `module`, as calibration gives them."""
+    generator = torch.Generator().manual_seed(1)
+    if isinstance(module, nn.Embedding):
+        return SiteStats(count=count, lookups=torch.arange(float(module.num_embeddings)))
+    n = module.weight.shape[0] if isinstance(module, Conv1D) else module.weight.shape[1]
+    x = torch.randn(count, n, generator=generator) * torch.logspace(0, -1, n) + 0.5
+    return SiteStats(count=count, mean=x.mean(0), moment=x.T @ x / count)
+
+
+class TestWeighted:
+    @pytest.mark.parametrize("scalars", [False, True])
+    @pytest.mark.parametrize("kind", MODULES)
+    def test_is_laid_out_as_planned(self, kind, scalars):
+        pass_ = Kronecker(a=(12, 6), rank=2, scalars=scalars, weighted="activations")
+        module = MODULES[kind]()
+        before = copy.deepcopy(module.state_dict())
+        new = pass_.replace(Site("up", module, stats=stats_of(module)))
+        planned = pass_.replace(site(copy.deepcopy(module).to("meta")))
+        layouts = [{n: (p.shape, p.dtype) for n, p in each.state_dict().items()} for each in (new, planned)]
+        assert layouts[0] == layouts[1]
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+    def test_outputs_are_closer_and_right_in_the_mean(self):
+        module = nn.Linear(24, 36)
+        x = torch.randn(500, 24) * torch.logspace(0, -1, 24) + 2
+        stats = SiteStats(count=500, mean=x.mean(0), moment=x.T @ x / 500)
+        new = Kronecker(a=(12, 6), weighted="activations").replace(Site("up", module, stats=stats))
+        plain = Kronecker(a=(12, 6)).replace(Site("up", module, stats=stats))
+        torch.testing.assert_close(new(x).mean(0), module(x).mean(0), atol=1e-4, rtol=0)
+        assert (new(x) - module(x)).norm() < 0.9 * (plain(x) - module(x)).norm()
+
+    @pytest.mark.parametrize("kind", MODULES)
+    def test_lossless_where_the_weight_is_a_sum_of_so_many_products(self, kind):
+        module = MODULES[kind]()
+        weight = kron_weight((12, 6), (3, 4), rank=3)
+        module.weight.data = weight.T.contiguous() if kind == "conv1d" else weight
+        pass_ = Kronecker(b=(3, 4), rank=3, weighted="activations")
+        new = pass_.replace(Site("up", module, stats=stats_of(module)))
+        assert error(weight, new) < 1e-5
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_the_type_of_the_weight_is_kept(self, dtype):
+        module = nn.Linear(24, 36, dtype=dtype)
+        new = Kronecker(a=(12, 6), weighted="activations").replace(Site("up", module, stats=stats_of(module)))
+        assert {p.dtype for p in new.parameters()} == {dtype}
+
+    def test_what_it_asks_for(self):
+        assert Kronecker(a=(2, 2)).needs() == Calibration()
+        weighted = Kronecker(a=(2, 2), weighted="activations")
+        assert weighted.needs() == Calibration(moments=True)
+        sequential = Kronecker(a=(2, 2), weighted="activations", sequential=True)
+        assert sequential.needs() == Calibration(moments=True, sequential=True)
+        assert sequential.settled()
+
+    def test_without_statistics_it_is_refused(self):
+        with pytest.raises(PassError, match=r"K426: encoder\.up: a weighted fit needs"):
+            Kronecker(a=(12, 6), weighted="activations").replace(site(nn.Linear(24, 36)))
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"sequential": True}, "add `weighted: activations`"),
+            ({"weighted": "activations", "init": "scaled"}, "leave out `init`"),
+            ({"weighted": "fisher"}, "'none' or 'activations'"),
+        ],
+    )
+    def test_bad_options(self, options, match):
+        with pytest.raises(ValidationError, match=match):
+            Kronecker(a=(2, 2), **options)
+
+    @pytest.mark.parametrize(
+        ("family", "auto"), [("bert", "AutoModelForMaskedLM"), ("gpt2", "AutoModelForCausalLM")]
+    )
+    def test_a_weighted_model_saves_and_loads(self, tiny, tmp_path, family, auto):
+        model = tiny(family, auto).eval()
+        graph = capture(model)
+        dense = (nn.Linear, nn.Embedding, Conv1D)
+        stats = {fqn: stats_of(graph.get(fqn)) for fqn in graph.fqns() if type(graph.get(fqn)) in dense}
+        calls = [
+            PassCall(name="kronecker", scope=Scope(targets=targets), options={"weighted": "activations"} | o)
+            for targets, o in [
+                (["@attention.*", "@ffn.*"], {"ratio": 2.0}),
+                (["@embedding.word"], {"b": [1, 4]}),
+            ]
+        ]
+        done = compress_graph(graph, calls, stats=stats)
+        assert not done.skipped
+        ids = torch.arange(14).reshape(2, 7)
+        want = model(ids)[0]
+        save_model(model, tmp_path / "model", done.structure)
+        loaded = type(model).from_pretrained(tmp_path / "model").eval()
+        assert torch.equal(loaded(ids)[0], want)
+        assert loaded.get_output_embeddings().a is loaded.get_input_embeddings().a

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kroncc.api import PassError, Site
+from kroncc.api import Calibration, PassError, Site, SiteStats
 from kroncc.compiler import compile_recipe
 from kroncc.graph.capture import capture
 from kroncc.graph.cost import model_cost
@@ -110,7 +110,7 @@ def test_golden_graph(tiny):
         ),
     ]
     assert [(entry.name, entry.options, len(entry.sites)) for entry in done.structure.passes] == [
-        ("low-rank", {"rank": 6}, 3)
+        ("low-rank", {"rank": 6, "weighted": "none", "sequential": False}, 3)
     ]
 
 
@@ -232,8 +232,94 @@ class TestRank:
     def test_resolved_options_resolve_to_themselves(self):
         module = nn.Linear(768, 768, device="meta")
         once = LowRank(ratio=8).resolve(site(module))
-        assert once.model_dump(mode="json", exclude_none=True) == {"rank": 47}
+        assert once.model_dump(mode="json", exclude_none=True) == {
+            "rank": 47,
+            "weighted": "none",
+            "sequential": False,
+        }
         assert LowRank(rank=47).resolve(site(module)) == once
+
+
+def stats_of(module, count=50):
+    """Return statistics of random inputs and gradients for `module`, as calibration gives them."""
+    if isinstance(module, nn.Embedding):
+        return SiteStats(count=count, lookups=torch.arange(float(module.num_embeddings)))
+    n = module.weight.shape[0] if isinstance(module, Conv1D) else module.weight.shape[1]
+    x = normal(count, n, seed=1) * torch.logspace(0, -1, n) + 0.5
+    fisher = normal(*module.weight.shape, seed=2).square()
+    return SiteStats(count=count, mean=x.mean(0), moment=x.T @ x / count, fisher=fisher)
+
+
+class TestWeighted:
+    @pytest.mark.parametrize("kind", MODULES)
+    @pytest.mark.parametrize("options", [{"rank": 5}, {"energy": 0.5}])
+    def test_is_laid_out_as_planned(self, kind, options):
+        module, pass_ = MODULES[kind](), LowRank(weighted="activations", **options)
+        before = copy.deepcopy(module.state_dict())
+        new = pass_.resolve(real := Site("up", module, stats=stats_of(module))).replace(real)
+        resolved = pass_.resolve(real)
+        assert resolved.energy is None
+        planned = resolved.replace(site(copy.deepcopy(module).to("meta")))
+        layouts = [{n: (p.shape, p.dtype) for n, p in each.state_dict().items()} for each in (new, planned)]
+        assert layouts[0] == layouts[1]
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+    def test_the_bias_makes_up_for_the_mean(self):
+        module = nn.Linear(24, 36)
+        x = normal(500, 24, seed=1) + 2
+        stats = SiteStats(count=500, mean=x.mean(0), moment=x.T @ x / 500)
+        new = LowRank(rank=4, weighted="activations").replace(Site("up", module, stats=stats))
+        torch.testing.assert_close(new(x).mean(0), module(x).mean(0), atol=1e-4, rtol=0)
+        plain = LowRank(rank=4).replace(Site("up", module, stats=stats))
+        assert (new(x) - module(x)).norm() < 0.9 * (plain(x) - module(x)).norm()
+
+    def test_fisher_leaves_the_bias_as_it_is(self):
+        module = nn.Linear(24, 36)
+        new = LowRank(rank=4, weighted="fisher").replace(Site("up", module, stats=stats_of(module)))
+        assert new.bias is module.bias
+
+    def test_what_it_asks_for(self):
+        assert LowRank(rank=4).needs() == Calibration()
+        assert LowRank(rank=4, weighted="activations").needs() == Calibration(moments=True)
+        assert LowRank(rank=4, weighted="fisher").needs() == Calibration(fisher=True)
+        sequential = LowRank(rank=4, weighted="activations", sequential=True)
+        assert sequential.needs() == Calibration(moments=True, sequential=True)
+
+    @pytest.mark.parametrize("weighted", ["activations", "fisher"])
+    def test_without_statistics_it_is_refused(self, weighted):
+        with pytest.raises(PassError, match=r"K426: encoder\.up: a weighted fit needs"):
+            LowRank(rank=4, weighted=weighted).replace(site(nn.Linear(24, 36)))
+        with pytest.raises(PassError, match=r"K426: encoder\.up"):
+            LowRank(energy=0.5, weighted=weighted).resolve(site(nn.Linear(24, 36)))
+
+    @pytest.mark.parametrize("weighted", ["activations", "fisher"])
+    def test_lossless_where_the_weight_has_that_rank(self, weighted):
+        module = linear(of_rank(4), bias=True)
+        new = LowRank(rank=4, weighted=weighted).replace(Site("up", module, stats=stats_of(module)))
+        torch.testing.assert_close(new.weight, module.weight, atol=1e-4, rtol=0)
+        torch.testing.assert_close(new.bias, module.bias, atol=1e-4, rtol=0)
+
+
+class TestEnergy:
+    def test_the_plan_shows_the_largest_rank_that_shrinks(self):
+        module = linear(of_rank(4) + 0.01 * normal(36, 24))
+        planned = LowRank(energy=0.9).resolve(site(copy.deepcopy(module).to("meta")))
+        real = LowRank(energy=0.9).resolve(site(module))
+        assert planned.rank == 14
+        assert 1 <= real.rank <= 4
+        assert not LowRank(energy=0.9).settled()
+        assert LowRank(rank=4, weighted="activations").settled()
+
+    def test_a_share_that_takes_too_large_a_rank_is_skipped(self):
+        assert_skips(LowRank(energy=1.0), nn.Linear(24, 36), "would have 1,440 parameters")
+
+    @pytest.mark.parametrize("share", [0.3, 0.8])
+    def test_the_share_is_kept(self, share):
+        weight = normal(36, 24) * torch.logspace(0, -2, 24)
+        new = LowRank(energy=share).replace(site(linear(weight)))
+        squares = torch.linalg.svdvals(weight).square()
+        assert new.weight.square().sum() >= share * squares.sum() * (1 - 1e-6)
+        assert squares[: new.rank - 1].sum() < share * squares.sum()
 
 
 class TestSkips:
@@ -306,9 +392,11 @@ class TestRefuses:
         with pytest.raises(PassError, match=r"K425: encoder\.up: the weight holds NaN"):
             LowRank(rank=4).replace(site(module))
 
-    @pytest.mark.parametrize("options", [{}, {"rank": 2, "ratio": 2.0}, {"ratio": 2.0, "params": 5}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"rank": 2, "ratio": 2.0}, {"ratio": 2.0, "params": 5}, {"rank": 2, "energy": 0.5}]
+    )
     def test_not_exactly_one_way(self, options):
-        with pytest.raises(ValidationError, match="give exactly one of: `rank`; `ratio`; `params`"):
+        with pytest.raises(ValidationError, match="give exactly one of: `rank`; `ratio`; `energy`; `params`"):
             LowRank(**options)
 
     @pytest.mark.parametrize(
@@ -320,6 +408,11 @@ class TestRefuses:
             ({"ratio": 1.0}, "greater than 1"),
             ({"ratio": float("inf")}, "finite"),
             ({"params": -1}, "greater than 0"),
+            ({"energy": 0.0}, "greater than 0"),
+            ({"energy": 1.01}, "less than or equal to 1"),
+            ({"rank": 2, "weighted": "hessian"}, "'none', 'activations' or 'fisher'"),
+            ({"rank": 2, "sequential": True}, "add `weighted: activations`"),
+            ({"rank": 2, "weighted": "fisher", "sequential": True}, "add `weighted: activations`"),
         ],
     )
     def test_bad_options(self, options, match):
@@ -392,6 +485,31 @@ class TestModels:
         assert before.params - after.params == 4 * (32 * 64 - 6 * (32 + 64))
         saved = before.flops(2, 5).total - after.flops(2, 5).total
         assert saved == 2 * 10 * 4 * (32 * 64 - 6 * (32 + 64))
+
+    @pytest.mark.parametrize(
+        ("family", "auto", "targets"),
+        [
+            ("bert", "AutoModelForMaskedLM", ["@attention.*", "@ffn.*", "@embedding.word"]),
+            ("gpt2", "AutoModelForCausalLM", ["@attention.*", "@ffn.*", "@embedding.word"]),
+        ],
+    )
+    def test_a_weighted_model_saves_and_loads(self, tiny, tmp_path, family, auto, targets):
+        model = tiny(family, auto).eval()
+        graph = capture(model)
+        stats = {
+            fqn: stats_of(graph.get(fqn))
+            for fqn in graph.fqns()
+            if type(graph.get(fqn)) in (nn.Linear, nn.Embedding, Conv1D)
+        }
+        done = compress_graph(graph, [call(targets, rank=6, weighted="activations")], stats=stats)
+        assert not done.skipped
+        ids = torch.arange(14).reshape(2, 7)
+        want = model(ids)[0]
+        save_model(model, tmp_path / "model", done.structure)
+        loaded = type(model).from_pretrained(tmp_path / "model").eval()
+        assert torch.equal(loaded(ids)[0], want)
+        table = loaded.get_input_embeddings()
+        assert loaded.get_output_embeddings().u is table.u
 
     @pytest.mark.parametrize("family", ["bert", "gpt2"])
     def test_a_plan_on_meta_is_what_is_built(self, tiny, family):
