@@ -18,7 +18,7 @@ from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.rewriter import Rewriter
 from kroncc.graph.units import Units, features, heads, neurons, streams
 from kroncc.rewrite.base import Calibration, Pass, Resolved, Site, SitePass, SiteStats, Skip, TreePass
-from kroncc.rewrite.cut import Cut, Narrowed, apply_cuts
+from kroncc.rewrite.cut import Cut, Narrowed, apply_cuts, keep_units, narrowed
 from kroncc.rewrite.narrow import Group, narrow
 from kroncc.rewrite.ways import exactly_one
 
@@ -49,9 +49,11 @@ __all__ = [
     "has_cache",
     "heads",
     "is_causal",
+    "keep_units",
     "layer_ends",
     "lenders",
     "narrow",
+    "narrowed",
     "neurons",
     "streams",
     "watch_call",

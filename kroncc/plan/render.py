@@ -115,7 +115,7 @@ def _shown(report: ModelReport) -> list[Folded]:
 def _sides(group: Folded) -> tuple[tuple[str, ...], tuple[str, str], tuple[str, str]]:
     """Return shapes, parameters and FLOPs, each before and after; nothing after where nothing was done."""
     before, after = group.row.before, group.row.after
-    changed = bool(group.row.passes)
+    changed = bool(group.row.passes) or before != after
     return (
         (before.shape, after.shape) if changed else (before.shape,),
         (f"{before.params:,}", f"{after.params:,}" if changed else ""),
@@ -176,12 +176,14 @@ def render(plan: Plan) -> RenderableType:
     base = plan.models["base"]
     parts: list[RenderableType] = [Text(f"{plan.name}: FLOPs for one sequence of {plan.length} tokens\n")]
     for stage in plan.stages:
-        if stage.kind != "rewrite":
+        if stage.kind != "rewrite" and not stage.options.get("during"):
             continue
         report = plan.models[stage.name]
         parts.append(module_table(stage.name, report, base))
         linear = f"{human(base.flops.linear)} -> {human(report.flops.linear)}"
         parts.append(Text(f"linear maps of the layers: {linear} FLOPs; stored bytes {report.bytes:,}\n"))
+        if not report.settled:
+            parts.append(Text("an estimate: weights or data decide on shapes when the plan is applied\n"))
         if report.skipped:
             parts.append(skipped_table(report.skipped))
     parts.append(stage_table(plan))

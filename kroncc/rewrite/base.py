@@ -187,6 +187,16 @@ class TreePass(Pass):
 
     order: ClassVar[int] = 10
     unread: ClassVar[bool] = False
+    reads_tokenizer: ClassVar[bool] = False
+    """Whether the pass looks at the model's tokenizer, and may change it: `informed`, `retokenise`."""
+
+    def informed(self, tokenizer: Any) -> Self:  # noqa: ARG002
+        """Return this pass, told of the tokenizer of the model that it will rewrite; not while planning."""
+        return self
+
+    def retokenise(self, tokenizer: Any, choice: Any) -> Any:  # noqa: ARG002
+        """Return the tokenizer that goes with the rewritten model."""
+        return tokenizer
 
     def requests(self, graph: ModelGraph, sites: Sequence[Site]) -> Mapping[str, Calibration]:  # noqa: ARG002
         """Return what the pass wants to know, by module; by default `needs()` of every site."""

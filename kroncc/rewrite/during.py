@@ -93,10 +93,9 @@ class _LiveRun(Run):
         resolved = self.resolve_tree(pass_, call)
         if not resolved.sites:
             return
-        begin = partial(resolved.options.begin, sites=resolved.sites)
         if type(pass_).begin is not TreePass.begin:
-            begin(self.graph.model)
-            self.recapture(call.name, begin)
+            resolved.options.begin(self.graph.model, resolved.sites, resolved.choice)
+            self.recapture(call.name, partial(resolved.options.begin, sites=resolved.sites))
         resolved.options.attach(self.graph, Rewriter(self.graph, by=call.name), resolved.sites)
         verify(self.graph)
         self.done += self.entry(resolved)

@@ -13,4 +13,5 @@ PASSES: dict[str, str] = {
     "squeeze": "kroncc_passes.squeeze:Squeeze",
     "share-layers": "kroncc_passes.share_layers:ShareLayers",
     "student": "kroncc_passes.student:Student",
+    "vocabulary": "kroncc_passes.vocabulary:Vocabulary",
 }
