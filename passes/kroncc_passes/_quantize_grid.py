@@ -60,8 +60,18 @@ class Grid:
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Return the weights [..., columns] that `codes` stand for, of the scales' type."""
         columns = codes.shape[-1]
-        offset = self.centre if zero is None else self.spread(zero, columns).to(scale.dtype)
-        return (codes.to(scale.dtype) - offset) * self.spread(scale, columns)
+        steps = codes.to(scale.dtype, copy=True)
+        steps -= self.centre if zero is None else self.spread(zero, columns)
+        if scale.requires_grad:
+            return steps * self.spread(scale, columns)
+        if self.group is None:
+            return steps.mul_(scale)
+        whole = columns - columns % self.group  # in place: fresh memory costs more than the product
+        parts = steps[..., :whole].view(*steps.shape[:-1], -1, self.group)
+        parts.mul_(scale[..., : whole // self.group, None])
+        if whole < columns:
+            steps[..., whole:].mul_(scale[..., -1:])
+        return steps
 
     def spread(self, scale: Tensor, columns: int) -> Tensor:
         """Return scales [..., groups] so that they go with a matrix [..., columns]."""

@@ -48,8 +48,10 @@ class Int8Linear(nn.Module):
             y = _straight_through(flat, self.codes, self.scale, self.reach)
         else:
             y = _product(flat, self.codes, self.scale, self.reach)
-        if self.bias is not None:
+        if self.bias is not None and torch.is_grad_enabled():
             y = y + self.bias.to(y.dtype)
+        elif self.bias is not None:
+            y += self.bias.to(y.dtype)  # in place: fresh memory costs more than the sum
         return y.view(*x.shape[:-1], self.out_features)
 
     def weights(self) -> int:
@@ -107,9 +109,9 @@ def quantised(x: Tensor, reach: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return x [tokens, in] in whole steps of at most 127, as floats, and the step [tokens | 1, 1]."""
     if reach is None:
         step = x.abs().amax(-1, keepdim=True).float().clamp(min=TINY) / TOP
-        return (x.float() / step).round(), step
+        return (x.float() / step).round_(), step
     step = reach.float().clamp(min=TINY).view(1, 1) / TOP
-    return (x.float() / step).round().clamp(-TOP, TOP), step
+    return (x.float() / step).round_().clamp_(-TOP, TOP), step
 
 
 def fake_quantised(x: Tensor, reach: Tensor | None) -> Tensor:
@@ -127,4 +129,4 @@ def _product(x: Tensor, codes: Tensor, scale: Tensor, reach: Tensor | None) -> T
         sums = torch._int_mm(steps.to(torch.int8), codes.t()).float()
     else:  # exact below 2^24, which takes more than 1,000 products of the largest codes
         sums = F.linear(steps, codes.float())
-    return (sums * (step * scale.float())).to(x.dtype)
+    return sums.mul_(step).mul_(scale.float()).to(x.dtype)

@@ -11,19 +11,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kroncc.api import Calibration, PassError, Site, SitePass, Skip
-from kroncc_passes._dense import bias_of
-from kroncc_passes._quantize_budget import CHOICES, rounding_error, split, unmeasured
-from kroncc_passes._quantize_gobo import coded_weight, count_outliers
-from kroncc_passes._quantize_gptq import compensated
+from kroncc_passes._quantize_budget import CHOICES, rounding_error, split
+from kroncc_passes._quantize_build import (
+    Activations,
+    Form,
+    int8_product,
+    packed,
+    packed_bytes,
+    trained,
+    trained_int8,
+)
+from kroncc_passes._quantize_gobo import count_outliers
 from kroncc_passes._quantize_grid import Granularity, Grid
-from kroncc_passes._quantize_live import TrainedInt8, TrainedWeight, int8_linear
 from kroncc_passes._quantize_sites import candidates, is_quantised, layout_of, saves, unquantisable
-from kroncc_passes._quantize_stores import PackedWeight, packed_weight
-from kroncc_passes._stored import Store, stored
+from kroncc_passes._stored import stored
 
 Count = Annotated[int, Field(gt=0, strict=True)]
 Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
-PLAIN = (nn.Linear, Conv1D)
+KNOWN = (nn.Linear, Conv1D, nn.Embedding)
 
 
 class Quantize(SitePass):
@@ -66,9 +71,9 @@ class Quantize(SitePass):
 
     ## References
 
-    Zafrir et al., Q8BERT, 2019. Shen et al., Q-BERT, AAAI 2020 (groups, mixed bits). Zadeh et al., GOBO, MICRO
-    2020. Frantar et al., GPTQ, 2022. Bengio et al., Estimating or propagating gradients through stochastic
-    neurons, 2013 (straight-through).
+    Zafrir et al., Q8BERT, 2019. Shen et al., Q-BERT, AAAI 2020 (groups, mixed bits). Zadeh et al., GOBO,
+    MICRO 2020. Frantar et al., GPTQ, 2022. Bengio et al., Estimating or propagating gradients through
+    stochastic neurons, 2013 (straight-through).
     """
 
     kind: ClassVar[str] = "quantize"
@@ -76,8 +81,7 @@ class Quantize(SitePass):
     accepts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Module,)
 
     bits: Bits | Literal["auto"] = Field(
-        description="bits a weight, 2 to 8; auto: of all modules together the split that does least harm within "
-        "`budget`"
+        description="bits a weight, 2 to 8; auto: shared out among the modules for least harm within `budget`"
     )
     granularity: Granularity | None = Field(
         None,
@@ -88,8 +92,8 @@ class Quantize(SitePass):
     symmetric: bool = Field(True, description="false: the range runs from the least weight to the largest")
     outliers: Annotated[float, Field(lt=0)] | None = Field(
         None,
-        description="GOBO: a weight whose log-likelihood under a Gaussian fit of its matrix is below this (-4 in "
-        "the paper) stays exact, the rest become one of 2^bits centroids",
+        description="GOBO: a weight whose log-likelihood under a Gaussian fit of its matrix is below this "
+        "(-4 in the paper) stays exact, the rest become one of 2^bits centroids",
     )
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest", description="gptq: columns make up for the errors of those before, by the inputs measured"
@@ -97,7 +101,7 @@ class Quantize(SitePass):
     sequential: bool = Field(
         False, description="with gptq: measure a module's inputs when all modules before it are rounded"
     )
-    activations: Literal["float", "dynamic-int8", "static-int8"] = Field(
+    activations: Activations = Field(
         "float",
         description="int8: inputs too are rounded, and bytes are multiplied; each vector by its own range "
         "(dynamic), or all by a range that is learnt under `during` (static: moving average, decay 0.9999)",
@@ -126,27 +130,21 @@ class Quantize(SitePass):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        refused = (
-            (self.granularity == "group" and self.group is None, "`granularity: group` wants a `group`"),
-            (
-                self.group is not None and self.granularity in ("tensor", "channel"),
-                f"`group` does not go with `granularity: {self.granularity}`",
-            ),
-            ((self.bits == "auto") != (self.budget is not None), "`bits: auto` and `budget` go together"),
-            (self.counts is not None and self.outliers is None, "`counts` wants `outliers`"),
-            (self.sequential and self.rounding != "gptq", "`sequential` wants `rounding: gptq`"),
-            (self.sequential and self.bits == "auto", "`sequential` does not go with `bits: auto`"),
-            (
-                self.outliers is not None and not self._bare(),
-                "`outliers` goes with `bits` and `weights` alone",
-            ),
-            (
-                self.activations != "float" and not (self.bits == 8 and self._rowwise()),
-                f"`activations: {self.activations}` wants `bits: 8`, symmetric, one scale a tensor or a channel, "
-                "and `rounding: nearest`",
-            ),
-        )
-        said = [message for wrong, message in refused if wrong]
+        int8 = self.activations != "float"
+        refused = {
+            "`granularity: group` wants a `group`": self.granularity == "group" and self.group is None,
+            f"`group` does not go with `granularity: {self.granularity}`": self.group is not None
+            and self.granularity in ("tensor", "channel"),
+            "`bits: auto` and `budget` go together": (self.bits == "auto") != (self.budget is not None),
+            "`counts` wants `outliers`": self.counts is not None and self.outliers is None,
+            "`sequential` wants `rounding: gptq`": self.sequential and self.rounding != "gptq",
+            "`sequential` does not go with `bits: auto`": self.sequential and self.bits == "auto",
+            "`outliers` wants 2 to 8 `bits`, and nothing else that says how to round": self.outliers is not None
+            and not (self._even() and self.granularity != "channel" and not int8 and self.bits != "auto"),
+            f"`activations: {self.activations}` wants `bits: 8`, and no `group`, `outliers`, `gptq`, "
+            "`symmetric: false`": int8 and not (self._even() and self.bits == 8 and self.outliers is None),
+        }
+        said = [message for message, wrong in refused.items() if wrong]
         if said:
             raise ValueError("; ".join(said))
         return self
@@ -208,54 +206,30 @@ class Quantize(SitePass):
         resolved = self.resolve(site)
         if isinstance(resolved, Skip):
             return resolved
-        _check_finite(site, resolved._held(site.module))
+        form, names = resolved._form(), resolved.weights or ()
         if resolved.activations != "float":
-            return resolved._int8(site)
-        stores = {name: resolved._store(site, name) for name in resolved.weights or ()}
+            return int8_product(site, form, resolved.activations).train(site.module.training)
+        counts = resolved.counts or [None] * len(names)
+        stores = {name: packed(site, name, form, count) for name, count in zip(names, counts, strict=True)}
         return stored(site.module, stores).train(site.module.training)
 
     def live(self, site: Site) -> nn.Module | Skip:
-        """Return the module that trains with rounded weights. Raises PassError K475 for `outliers`, `gptq`."""
+        """Return the module that trains with rounded weights.
+
+        Raises PassError as `resolve`, K472 (not finite), K475 (`outliers` and `gptq` do not train).
+        """
         resolved = self.resolve(site)
         if isinstance(resolved, Skip):
             return resolved
-        if resolved.outliers is not None or resolved.rounding == "gptq":
-            raise PassError(
-                f"{site.fqn}: `outliers` and `rounding: gptq` have no form that trains",
-                code="K475",
-                expected="rounding to the nearest of evenly spaced steps under `during`",
-                remedy="leave them out here, or quantise in a compress step",
-            )
-        stores = {
-            name: TrainedWeight(
-                weight,
-                layout_of(site.module, name, resolved._grid().bits),
-                resolved._grid(),
-                start=self.start,
-                trained=self.train_scales,
-            )
-            for name, weight in resolved._held(site.module).items()
-        }
-        if resolved.activations == "float":
-            return stored(site.module, stores).train(site.module.training)
-        fixed = resolved.activations == "static-int8"
-        new = TrainedInt8(stores["weight"], bias_of(site.module), fixed=fixed)
-        return new.train(site.module.training)
+        form = resolved._form()
+        if resolved.activations != "float":
+            return trained_int8(site, form, resolved.activations).train(site.module.training)
+        stores = {name: trained(site, name, form) for name in resolved.weights or ()}
+        return stored(site.module, stores).train(site.module.training)
 
-    def _bare(self) -> bool:
-        """Say whether nothing that shapes an even grid is set."""
-        return (
-            self.granularity in (None, "tensor")
-            and self.group is None
-            and self.symmetric
-            and self.activations == "float"
-            and self.rounding == "nearest"
-            and self.bits != "auto"
-        )
-
-    def _rowwise(self) -> bool:
-        """Say whether products of bytes can be scaled afterwards."""
-        return self.group is None and self.symmetric and self.outliers is None and self.rounding == "nearest"
+    def _even(self) -> bool:
+        """Say whether nothing is set that only a grid of groups, with a zero of its own, or `gptq` has."""
+        return self.group is None and self.symmetric and self.rounding == "nearest"
 
     def _at(self, bits: int) -> Self:
         return self.model_copy(update={"bits": bits, "budget": None})
@@ -265,29 +239,24 @@ class Quantize(SitePass):
         granularity = self.granularity or ("channel" if self.group is None else "group")
         return Grid(self.bits, granularity, self.group, self.symmetric)
 
-    def _held(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the weights to quantise."""
-        return {name: module.get_parameter(name) for name in self.weights or ()}
+    def _form(self) -> Form:
+        return Form(self._grid(), self.outliers, self.rounding == "gptq", self.train_scales, self.start)
 
     def _unsuited(self, module: nn.Module) -> str:
         """Return why the options do not fit the kind of module, or nothing."""
-        if type(module) in (*PLAIN, nn.Embedding):
+        if type(module) in KNOWN:
             return ""
         wants = "activations" if self.activations != "float" else "gptq" if self.rounding == "gptq" else ""
         return f"is a {type(module).__name__}; {wants} treats Linear and Conv1D" if wants else ""
 
     def _named(self, site: Site) -> Self | Skip:
         """Return the pass with `weights` and `counts` explicit."""
-        grid = self._grid()
         found = candidates(site.module)
-        if self.weights is None:
-            names = [
-                name
-                for name in found
-                if saves(layout_of(site.module, name, grid.bits), None if self.outliers is not None else grid)
-            ]
-        else:
-            names = list(self.weights)
+        names = self.weights
+        if names is None:
+            grid = None if self.outliers is not None else self._grid()
+            bits = self._grid().bits
+            names = tuple(name for name in found if saves(layout_of(site.module, name, bits), grid))
         if missing := next((name for name in names if name not in found), None):
             raise _unknown_weight(site, missing, list(found))
         if not names:
@@ -296,50 +265,11 @@ class Quantize(SitePass):
         counts = self.counts
         if self.outliers is not None and counts is None:
             counts = tuple(count_outliers(found[name], self.outliers) for name in names)
-        return self.model_copy(update={"weights": tuple(names), "counts": counts})
-
-    def _store(self, site: Site, name: str) -> Store:
-        """Return the packed form of one weight."""
-        weight, grid = site.module.get_parameter(name), self._grid()
-        layout = layout_of(site.module, name, grid.bits)
-        if self.outliers is not None:
-            count = dict(zip(self.weights or (), self.counts or (), strict=True))[name]
-            return coded_weight(weight, layout, self.outliers, count, trained=self.train_scales)
-        if self.rounding == "nearest" or weight.is_meta:
-            return packed_weight(weight, layout, grid, trained=self.train_scales)
-        if site.stats is None or site.stats.moment is None:
-            raise unmeasured(site, "inputs", "give the step `calibrate`, or set `rounding: nearest`")
-        matrix = layout.matrix(weight.detach())
-        scale, zero = grid.fit(matrix)
-        codes = compensated(matrix, site.stats.moment, grid, scale, zero)
-        return PackedWeight(layout, grid, layout.pack(codes), scale, zero, trained=self.train_scales)
-
-    def _int8(self, site: Site) -> nn.Module:
-        """Return the linear map that multiplies bytes."""
-        weight = site.module.get_parameter("weight")
-        fixed = self.activations == "static-int8"
-        if fixed and not weight.is_meta:
-            raise PassError(
-                f"{site.fqn}: the range of its inputs is not known",
-                code="K476",
-                expected="`static-int8` under `during`, where it is learnt",
-                remedy="set `activations: dynamic-int8`, or move the pass to `during`",
-            )
-        reach = weight.new_zeros(()) if fixed else None
-        layout = layout_of(site.module, "weight", 8)
-        new = int8_linear(weight, layout, self._grid(), bias_of(site.module), reach)
-        return new.train(site.module.training)
+        return self.model_copy(update={"weights": names, "counts": counts})
 
     def _bytes(self, site: Site) -> int:
         """Return the bytes that the quantised weights of a site take."""
-        grid = self._grid()
-        total = 0
-        for name, weight in self._held(site.module).items():
-            layout = layout_of(site.module, name, grid.bits)
-            rows, row = layout.packed_shape
-            many, groups = grid.scales(layout.rows, layout.columns)
-            total += rows * row + many * groups * (weight.element_size() + (0 if self.symmetric else 1))
-        return total
+        return sum(packed_bytes(site, name, self._grid()) for name in self.weights or ())
 
     @torch.no_grad()
     def _error(self, site: Site, sensitivity: str) -> float:
@@ -352,7 +282,7 @@ class Quantize(SitePass):
         assert self.budget is not None
         if self.budget < least:
             raise PassError(
-                f"with {CHOICES[0]} bits a weight the modules take {least:,} bytes, the budget is {self.budget:,}",
+                f"at {CHOICES[0]} bits a weight the modules take {least:,} bytes, `budget` is {self.budget:,}",
                 code="K474",
                 expected=f"a budget of {least} bytes or more",
                 remedy="raise `budget`, or widen `group`",
@@ -366,14 +296,3 @@ def _unknown_weight(site: Site, name: str, known: list[str]) -> PassError:
         expected=f"of {', '.join(known)}" if known else "a module with a matrix",
         remedy="correct `weights`, or leave it out",
     )
-
-
-def _check_finite(site: Site, weights: Mapping[str, nn.Parameter]) -> None:
-    for name, weight in weights.items():
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-            raise PassError(
-                f"{site.fqn}: {name} holds NaN or infinity",
-                code="K472",
-                expected="finite weights",
-                remedy="look for the step whose training diverged",
-            )
