@@ -19,6 +19,7 @@ from kroncc.plan.blocks import fitted_count
 from kroncc.plan.check import check_distill
 from kroncc.plan.measures import check_metrics
 from kroncc.plan.stages import Flops, ModelReport, ModuleRow, Side, SkippedRow
+from kroncc.plan.tokens import tokens_of
 from kroncc.recipe.schema import (
     Action,
     Compress,
@@ -30,7 +31,7 @@ from kroncc.recipe.schema import (
     Reconstruct,
     inputs_of,
 )
-from kroncc.rewrite.demands import Demands, Requests, requests_heard
+from kroncc.rewrite.demands import Demands, Requests
 from kroncc.rewrite.during import install
 from kroncc.rewrite.pipeline import SkippedSite, compress_graph, refuse_training
 from kroncc.rewrite.reshape import reshape, tree_part
@@ -49,6 +50,7 @@ class Models:
     length: int = DEFAULT_LENGTH
     reports: dict[str, ModelReport] = field(default_factory=dict)
     blocks: dict[str, int] = field(default_factory=dict)  # of reconstruct steps: how many are fitted
+    tokens: dict[str, str] = field(default_factory=dict)  # whose tokens a model reads
     requests: dict[str, Requests] = field(default_factory=dict)  # of compress steps: to measure before them
     _dense: dict[tuple[int | None, str], ModelGraph] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)  # distillations of a kind are checked once
@@ -96,6 +98,7 @@ class Models:
 
     def add(self, name: str, action: Action) -> None:
         """Report the model that step `name` makes; steps that make none add nothing."""
+        self.tokens[name] = tokens_of(name, action, self.tokens)
         match action:
             case Compress():
                 refuse_training(action.passes)
@@ -103,7 +106,7 @@ class Models:
                 graph = self.rebuilt(source.structure, source.labels)
                 demands = Demands.of(graph, action.calibrate is not None)
                 done = compress_graph(graph, action.passes, before=source.structure, demands=demands)
-                self.requests[name] = requests_heard(demands)
+                self.requests[name] = demands.asked
                 structure = source.structure + done.structure
                 settled = source.settled and done.settled
                 self.reports[name] = self._report(graph, source.labels, structure, done.skipped, settled)

@@ -23,13 +23,12 @@ class Demands:
 
     `modules` are those of the model as the step gets it. Without `calibrated` the step has no rows to measure
     on, and a request is an error. `asked` is what has to be measured before the step, by module; requests
-    that are `sequential` are met while it runs. `heard` says whether there was any request.
+    that are `sequential` are met while it runs.
     """
 
     modules: frozenset[str]
     calibrated: bool
     asked: dict[str, Calibration] = field(default_factory=dict)
-    heard: bool = False
 
     @classmethod
     def of(cls, graph: ModelGraph, calibrated: bool) -> Demands:
@@ -53,7 +52,6 @@ class Demands:
                 expected="`calibrate` beside `passes`, in a compress step",
                 remedy="add calibrate: {data: ..., rows: 512} to the compress step that applies it",
             )
-        self.heard = True
         for fqn, request in requests.items():
             self._check_unchanged(pass_, fqn, request, done)
             part = _measured_before(request, graph.get(fqn))
@@ -90,22 +88,6 @@ def _measured_before(request: Calibration, module: nn.Module) -> Calibration:
     """
     moments = request.moments and (not request.sequential or isinstance(module, nn.Embedding))
     return replace(request, moments=moments, sequential=False)
-
-
-def requests_heard(demands: Demands) -> Requests:
-    """Return what is to be measured before a step; K772 where it has rows to measure on, and no use for them.
-
-    The path of that error is within the step.
-    """
-    if demands.calibrated and not demands.heard:
-        raise PlanError(
-            "no pass of this step needs statistics",
-            code="K772",
-            path="calibrate",
-            expected="`calibrate` only where a pass asks for it",
-            remedy="remove `calibrate`, or set the option of a pass that weighs by data",
-        )
-    return demands.asked
 
 
 def dump_requests(requests: Requests) -> list[dict[str, Any]]:

@@ -273,12 +273,6 @@ def test_the_hash_covers_model_rows_and_requests(root):
             "steps.first.compress.passes[1].coarse",
             "a compress step of its own",
         ),
-        (
-            {"first": compress(coarse(moments=False))},
-            "K772",
-            "steps.first.compress.calibrate",
-            "remove `calibrate`",
-        ),
     ],
 )
 def test_mistakes_are_found_by_the_plan(root, steps, code, path, text):
@@ -367,7 +361,7 @@ def test_a_sequential_step_measures_while_it_rewrites(root):
         "first": compress(
             coarse("@attention.*", step=0.5, sequential=True), coarse("@ffn.*", sequential=True, fisher=True)
         ),
-        "plain": compress(coarse("@attention.*", step=0.5, moments=False), calibrate=None),
+        "plain": compress(coarse("@attention.*", step=0.5, moments=False)),
     }
     made = plan(root, steps)
     assert [one.name for one in made.stages] == ["base.calibrate", "first", "plain"]
