@@ -11,6 +11,8 @@ from kroncc.recipe.schema import STEP_KINDS, Recipe, Scope
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _STEP_NAME = r"^([A-Za-z]|\$\{)[A-Za-z0-9_${}-]*$"
+_ENTRIES = {"passes": "pass", "during": "pass", "losses": "loss"}  # lists of - NAME: {...}
+_UNFOLDED = ("PassCall", "LossSpec", "Scope")  # written in that short form alone
 _VARIABLE = r"\$\{[A-Za-z_][A-Za-z0-9_]*\}"
 _NOTES = ("title", "description", "default")
 _FOR_EACH = {
@@ -30,10 +32,12 @@ def recipe_schema(passes: PassSchemas) -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     definitions = {name: part for name, part in schema["$defs"].items() if name in ("ModelSpec", "DataSpec")}
     for kind, model in STEP_KINDS.items():
-        definitions[kind] = json.loads(json.dumps(schema_of(model)))
-        definitions[kind].pop("$defs", None)
-    definitions["compress"]["properties"]["passes"]["items"] = {"$ref": "#/$defs/pass"}
-    definitions["distill"]["properties"]["losses"]["items"] = {"$ref": "#/$defs/loss"}
+        step = json.loads(json.dumps(schema_of(model)))
+        own = step.pop("$defs", {})
+        definitions |= {name: part for name, part in own.items() if name not in _UNFOLDED}
+        for key in _ENTRIES.keys() & step["properties"].keys():
+            step["properties"][key]["items"] = {"$ref": f"#/$defs/{_ENTRIES[key]}"}
+        definitions[kind] = step
     definitions["loss"] = _named({kind: dict(loss_schema(kind)) for kind in LOSS_KINDS})
     definitions["pass"] = _named(
         {name: _options(name, passes.schema(name), definitions) for name in passes.names()}

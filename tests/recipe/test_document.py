@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -112,3 +113,23 @@ def test_options_that_exclude_each_other(validator):
         given = yaml.safe_load(RECIPE.replace("ratio: 4", options, 1))
         assert not validator.is_valid(given), options
     validator.validate(yaml.safe_load(RECIPE.replace("ratio: 4", "ratio: 4, a: null", 1)))
+
+
+def test_every_reference_is_defined(validator):
+    text = json.dumps(validator.schema)
+    assert set(re.findall(r'"#/\$defs/([^"]+)"', text)) <= validator.schema["$defs"].keys()
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("passes: [", "passes: [3, "),
+        ("model: base, ", "model: base, calibrate: {data: d, row: 4}, "),
+        ("student: small, ", "student: small, during: [{kroneker: }], "),
+    ],
+)
+def test_what_lies_deeper_is_checked(validator, good: str, bad: str):
+    assert not validator.is_valid(yaml.safe_load(RECIPE.replace(good, bad, 1)))
+    fine = RECIPE.replace("model: base, ", "model: base, calibrate: {data: d, rows: 4}, ", 1)
+    fine = fine.replace("student: small, ", "student: small, during: [{kronecker: {ratio: 4}}], ", 1)
+    validator.validate(yaml.safe_load(fine))
