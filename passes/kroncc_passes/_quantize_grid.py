@@ -67,7 +67,7 @@ class Grid:
         if self.group is None:
             return steps.mul_(scale)
         whole = columns - columns % self.group  # in place: fresh memory costs more than the product
-        parts = steps[..., :whole].view(*steps.shape[:-1], -1, self.group)
+        parts = steps[..., :whole].view(*steps.shape[:-1], whole // self.group, self.group)
         parts.mul_(scale[..., : whole // self.group, None])
         if whole < columns:
             steps[..., whole:].mul_(scale[..., -1:])

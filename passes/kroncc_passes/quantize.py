@@ -139,7 +139,7 @@ class Quantize(SitePass):
             "`counts` wants `outliers`": self.counts is not None and self.outliers is None,
             "`sequential` wants `rounding: gptq`": self.sequential and self.rounding != "gptq",
             "`sequential` does not go with `bits: auto`": self.sequential and self.bits == "auto",
-            "`outliers` wants 2 to 8 `bits`, and nothing else that says how to round": self.outliers is not None
+            "`outliers` wants 2 to 8 `bits`, and no other way of rounding": self.outliers is not None
             and not (self._even() and self.granularity != "channel" and not int8 and self.bits != "auto"),
             f"`activations: {self.activations}` wants `bits: 8`, and no `group`, `outliers`, `gptq`, "
             "`symmetric: false`": int8 and not (self._even() and self.bits == 8 and self.outliers is None),
@@ -279,10 +279,9 @@ class Quantize(SitePass):
         return rounding_error(site, new, sensitivity)
 
     def _check_budget(self, least: int) -> None:
-        assert self.budget is not None
-        if self.budget < least:
+        if self.budget is not None and self.budget < least:
             raise PassError(
-                f"at {CHOICES[0]} bits a weight the modules take {least:,} bytes, `budget` is {self.budget:,}",
+                f"`budget` is {self.budget:,} bytes; at {CHOICES[0]} bits the modules take {least:,}",
                 code="K474",
                 expected=f"a budget of {least} bytes or more",
                 remedy="raise `budget`, or widen `group`",
