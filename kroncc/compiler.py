@@ -17,7 +17,7 @@ from kroncc.data.splits import open_data
 from kroncc.errors import DataError, KronccError
 from kroncc.hashing import content_hash
 from kroncc.model.source import resolve
-from kroncc.plan.blocks import block_steps
+from kroncc.plan.blocks import batch_count, block_steps
 from kroncc.plan.calibration import Measurement, calibrate_stage, measurements
 from kroncc.plan.dag import order
 from kroncc.plan.effort import Effort
@@ -191,7 +191,7 @@ def _stage(
 def _steps(action: Action, facts: DataFacts | None, blocks: int) -> int | None:
     """Return the optimiser steps of a training stage; None where it is none or its rows are not known."""
     if isinstance(action, Reconstruct) and facts is not None:
-        return blocks * block_steps(action, facts.rows.get(action.split, 0))
+        return blocks * block_steps(action, batch_count(action, facts.rows.get(action.split, 0)))
     if not isinstance(action, Training):
         return None
     if action.max_steps is not None:

@@ -72,9 +72,13 @@ def fitted_count(student: ModelGraph, teacher: ModelGraph) -> int:
     return count
 
 
-def block_steps(action: Reconstruct, rows: int) -> int:
-    """Return the optimiser steps that fitting one block takes, where the data has `rows` rows."""
-    batches = math.ceil(min(rows, action.rows) / action.batch_size)
+def batch_count(action: Reconstruct, rows: int) -> int:
+    """Return how many batches a reconstruct step takes of data with `rows` rows."""
+    return math.ceil(min(rows, action.rows) / action.batch_size)
+
+
+def block_steps(action: Reconstruct, batches: int) -> int:
+    """Return the optimiser steps that fitting one block takes."""
     return max(1, math.ceil(action.epochs * batches - 1e-9))
 
 

@@ -121,7 +121,7 @@ class _Run:
         self.pairs = pair_blocks(job.student, job.teacher)
         self.files = BlockFiles(job.checkpoints, job.hash)
         self.waves = [self._wavefront(graph) for graph in (job.student, job.teacher)]
-        self.steps = block_steps(job.options, sum(map(_rows, job.batches)))
+        self.steps = block_steps(job.options, len(job.batches))
         self.total = self.steps * sum(not pair.idle for pair in self.pairs)
         self.done = 0  # optimiser steps, those of blocks that needed none included
 
