@@ -183,7 +183,7 @@ def test_passes(capsys):
     assert main(["passes", "kronecker"]) == 0
     out = capsys.readouterr().out
     assert "Kronecker products" in out
-    assert "a number above 1; default null" in out
+    assert "a number above 1; default none" in out
     assert "targets" in out
     assert main(["passes", "kroneker"]) == 2
     assert "did you mean 'kronecker'?" in capsys.readouterr().err
