@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
-from kroncc.errors import CaptureError, PassError
+from kroncc.errors import PassError
 from kroncc.graph.atoms import Atom, Extent, Shape, extent_size, leaves
 from kroncc.graph.axes import Axes
 from kroncc.graph.capture import capture
 from kroncc.graph.compare import difference
+from kroncc.graph.inputs import example_inputs
 from kroncc.graph.model_graph import ModelGraph
+from kroncc.graph.quiet import quiet
+from kroncc.graph.trace import Reshape, skeleton_of
 from kroncc.rewrite.cut import FOLLOWED, Cut, Narrowed, apply_cuts, narrowed, with_attributes
 
 Value = int | tuple[int, ...]
@@ -72,8 +76,10 @@ class _Trial:
         self.keeps = {id(group.atom.root()): group.keep for group in groups}
         self.plain = plain
         self.reason = ""
+        self.quick = self._runs_now()
 
     def works(self, attributes: Attributes) -> bool:
+        """Say whether the model runs narrower with these attributes, as the same program."""
         modules = with_attributes(self.plain, attributes)
 
         def again(tree: Any) -> None:
@@ -81,13 +87,28 @@ class _Trial:
             apply_cuts(tree, list(modules), list(modules.values()))
 
         try:
+            if self.quick:
+                self._run(again)
             found = capture(self.graph.model, self.graph.inputs, again)
-        except CaptureError as error:
-            self.reason = self.reason or error.problems[0].message
+        except Exception as error:  # of the source's own forwards, whatever they raise
+            self.reason = self.reason or f"{type(error).__name__}: {error}"
             return False
         said = difference(self.graph, found, self._sizes)
         self.reason = self.reason or said
         return not said
+
+    def _runs_now(self) -> bool:
+        try:
+            self._run(lambda tree: _become(tree, self.graph.model))
+        except Exception:  # then captures alone must tell
+            return False
+        return True
+
+    def _run(self, again: Reshape) -> None:
+        """Run a model once on meta, which is quicker than capturing what does not run."""
+        tree = skeleton_of(self.graph.model, again)
+        with torch.no_grad(), quiet(), _Blind():
+            tree(**example_inputs(self.graph.model, self.graph.inputs))
 
     def _sizes(self, node: fx.Node) -> list[list[Any]]:
         return [
@@ -97,6 +118,14 @@ class _Trial:
 
     def _cut(self, atom: Atom) -> Atom:
         return Atom(self.keeps.get(id(atom), atom.size))
+
+
+class _Blind(TorchFunctionMode):
+    """Answers no where the source looks at the values of a tensor on meta."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        looks = func in (torch.Tensor.item, torch.Tensor.__bool__)
+        return False if looks and args[0].is_meta else func(*args, **(kwargs or {}))
 
 
 def _become(tree: Any, model: nn.Module) -> None:

@@ -74,20 +74,26 @@ class Narrowing(TreePass):
         units, skipped = self.find(axes, sites)
         if not units:
             return Resolved(self, (), skipped)
-        counts = [self._count(one) for one in units]
-        chosen: list[tuple[int, ...] | None] = [None] * len(units)
-        if not _on_meta(graph.model):
-            scores = [self.scores(axes, one, stats or {}, seed) for one in units]
-            chosen = list(_choose(scores, counts, self.scope))
-        groups = [
-            Group(one.atom, count if kept is None else len(kept), kept)
-            for one, count, kept in zip(units, counts, chosen, strict=True)
-            if one.atom is not None
-        ]
+        real = not any(parameter.is_meta for parameter in graph.model.parameters())
+        groups = self.chosen(axes, units, stats or {}, seed) if real else self.planned(units)
         modules, cuts = narrow(graph, axes, groups)
         explicit = self.model_copy(update={"keep": None, "ratio": None, "cuts": tuple(modules.values())})
-        choice = cuts if all(kept is not None for kept in chosen) else None
-        return Resolved(explicit, tuple(modules), skipped, choice)
+        return Resolved(explicit, tuple(modules), skipped, cuts if real else None)
+
+    def planned(self, units: Sequence[Units]) -> list[Group]:
+        """Return how many of each units stay, without saying which."""
+        return [Group(one.atom, self._count(one)) for one in units if one.atom is not None]
+
+    def chosen(self, axes: Axes, units: Sequence[Units], stats: Stats, seed: int) -> list[Group]:
+        """Return which of each units stay: the best of each, or the best of all with one of each."""
+        scores = [self.scores(axes, one, stats, seed) for one in units]
+        counts = [group.keep for group in self.planned(units)]
+        if self.scope == "layer":
+            kept = [_best(one, count) for one, count in zip(scores, counts, strict=True)]
+        else:
+            kept = _best_of_all(scores, sum(counts))
+        atoms = [one.atom for one in units if one.atom is not None]
+        return [Group(atom, len(stay), stay) for atom, stay in zip(atoms, kept, strict=True)]
 
     def rewrite(self, model: nn.Module, sites: Sequence[str], choice: Sequence[Cut] | None = None) -> None:
         """Narrow the modules; with `choice`, the units that it names keep their weights."""
@@ -191,21 +197,12 @@ def random_scores(units: Units, seed: int) -> Tensor:
     return torch.rand(units.size, generator=generator)
 
 
-def _on_meta(model: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
-def _choose(
-    scores: Sequence[Tensor], counts: Sequence[int], scope: Literal["layer", "global"]
-) -> list[tuple[int, ...]]:
-    """Return which units stay, in order: in each group the best, or the best of all with one a group."""
-    if scope == "layer":
-        return [_best(one, count) for one, count in zip(scores, counts, strict=True)]
+def _best_of_all(scores: Sequence[Tensor], count: int) -> list[tuple[int, ...]]:
+    """Return the places of the `count` best of all, by group; scores are scaled to norm 1 a group."""
     scaled = [one / one.norm().clamp_min(torch.finfo(one.dtype).tiny) for one in scores]
     for one in scaled:
         one[one.argmax()] += 2  # above all others, which are at most 1
-    together = torch.cat(scaled)
-    stay = set(_best(together, sum(counts)))
+    stay = set(_best(torch.cat(scaled), count))
     starts = [sum(len(one) for one in scaled[:at]) for at in range(len(scaled))]
     return [
         tuple(unit for unit in range(len(one)) if start + unit in stay)
