@@ -18,10 +18,8 @@ BOTH = ["embeddings", "layer 0", "layer 1", "embeddings", "layer 2", "layer 3", 
 NAMES = {
     ("bert", "AutoModelForSequenceClassification"): ENCODER,
     ("gpt2", "AutoModelForCausalLM"): ENCODER,
-    ("llama", "AutoModelForCausalLM"): ENCODER,
+    ("llama", "AutoModel"): ENCODER[:3],
     ("t5", "AutoModelForSeq2SeqLM"): BOTH,
-    ("modernbert", "AutoModel"): ENCODER[:3],
-    ("vit", "AutoModel"): ENCODER,
 }
 
 
