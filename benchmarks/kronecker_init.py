@@ -16,13 +16,15 @@ CASES: tuple[tuple[Shape, Shape, int], ...] = (
     ((8, 2), (384, 384), 1),
     ((24, 32), (32, 24), 1),
     ((64, 64), (64, 64), 1),
+    ((3072, 1), (1, 768), 48),
 )
 
 
 def main() -> None:
     """Print one row a case: seconds, ratio, and how far the relative error is above the optimum."""
     print(f"float32, {torch.get_num_threads()} threads; error: relative Frobenius error above the optimum")
-    print(f"{'weight':>11} {'A':>9} {'B':>9} {'nearest':>11} {'full SVD':>11} {'ratio':>8} {'error':>9}")
+    columns = f"{'weight':>11} {'A':>9} {'B':>9} {'rank':>4} {'nearest':>11} {'full SVD':>11}"
+    print(f"{columns} {'ratio':>8} {'error':>9}")
     generator = torch.Generator().manual_seed(0)
     for a, b, rank in CASES:
         size = a[0] * b[0], a[1] * b[1]
@@ -34,7 +36,9 @@ def main() -> None:
         values = torch.linalg.svd(r, full_matrices=False).S
         svd = time.perf_counter() - start
         above = _error(weight, *call()) - _optimum(values, rank)
-        shapes = f"{'x'.join(map(str, size)):>11} {'x'.join(map(str, a)):>9} {'x'.join(map(str, b)):>9}"
+        shapes = (
+            f"{'x'.join(map(str, size)):>11} {'x'.join(map(str, a)):>9} {'x'.join(map(str, b)):>9} {rank:4}"
+        )
         print(f"{shapes} {nearest * 1e3:8.2f} ms {svd * 1e3:8.1f} ms {svd / nearest:7.0f}x {above:9.1e}")
 
 

@@ -9,8 +9,9 @@ Musco, 2015) is grown until the residual is settled. `python -m benchmarks krone
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +20,15 @@ from kroncc.api import PassError
 Shape = tuple[int, int]
 
 GRAM_SIDE = 512  # up to this short side of R, the Gram matrix and its eigenvectors are cheapest
-CHUNK = 1 << 22  # elements of R held in float64 at a time: 32 MiB
+CHUNK = 1 << 18  # elements of R turned to float64 at a time: 2 MiB, which the cache holds
+KEPT = 1 << 20  # elements of R up to which they are kept in float64, to be turned once: 8 MiB
 TOLERANCE = 5e-6  # of the attained residual: what a longer iteration may still take off it
 FLOOR = 1e-12  # energy share below which a remaining gain counts as none
 CACHED = 1 << 20  # elements of R that stay in the cache between two products
+STEPS = 20  # of a Krylov space; if so many would fill the short side, its Gram matrix is cheaper
 BLOCK = 8  # vectors of a Krylov step come in such numbers: fewer take about as long
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def nearest_product(weight: Tensor, a: Shape, b: Shape, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -59,7 +64,7 @@ def squared_singular_values(weight: Tensor, a: Shape, b: Shape) -> Tensor:
     rearranged = rearrange(weight.detach(), a, b)
     if math.prod(a) > math.prod(b):
         rearranged = rearranged.permute(2, 3, 0, 1)
-    values: Tensor = torch.linalg.eigvalsh(_gram(rearranged)).clamp(min=0).flip(0)
+    values: Tensor = torch.linalg.eigvalsh(_gram(_blocks(rearranged))).clamp(min=0).flip(0)
     return values
 
 
@@ -87,27 +92,26 @@ def rearrange(weight: Tensor, a: Shape, b: Shape) -> Tensor:
 def _leading_vectors(rearranged: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return U [short, rank], orthonormal and spanning the leading left singular space of R, and U^T R."""
     short = rearranged.shape[0] * rearranged.shape[1]
-    if short <= GRAM_SIDE or 8 * _width(rank) > short:
+    if short <= GRAM_SIDE or STEPS * _width(rank) > short:
         return _by_gram(rearranged, rank)
-    for dtype in (torch.float32, torch.float64):
-        if dtype == torch.float32 and rearranged.dtype == torch.float64:
-            continue
-        matrix = _flat(rearranged.permute(2, 3, 0, 1), dtype)  # R^T
-        basis = _krylov(matrix, rank, seed)
-        if basis is not None:
-            return basis.T.double(), (basis @ matrix.T).double()
-    return _by_gram(rearranged, rank)
+    found = None
+    if rearranged.dtype != torch.float64:
+        found = _krylov(rearranged, rank, seed, torch.float32)
+    if found is None:
+        found = _krylov(rearranged, rank, seed, torch.float64)
+    return _by_gram(rearranged, rank) if found is None else found
 
 
 def _by_gram(rearranged: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Use the eigenvectors of R R^T, all in float64: squaring costs half the digits."""
-    vectors = torch.linalg.eigh(_gram(rearranged)).eigenvectors[:, -rank:].flip(1)
-    return vectors, torch.cat([vectors.T @ block for block in _blocks(rearranged)], dim=1)
+    kept = list(_blocks(rearranged)) if rearranged.numel() <= KEPT else None
+    vectors = torch.linalg.eigh(_gram(kept or _blocks(rearranged))).eigenvectors[:, -rank:].flip(1)
+    return vectors, torch.cat([vectors.T @ block for block in kept or _blocks(rearranged)], dim=1)
 
 
-def _gram(rearranged: Tensor) -> Tensor:
+def _gram(blocks: Iterable[Tensor]) -> Tensor:
     """Return R R^T in float64."""
-    gram: Tensor = sum((block @ block.T for block in _blocks(rearranged)), start=torch.zeros(()))
+    gram: Tensor = sum((block @ block.T for block in blocks), start=torch.zeros(()))
     _require_finite(gram.diagonal().sum().item())
     return gram
 
@@ -121,48 +125,55 @@ def _blocks(rearranged: Tensor) -> Iterator[Tensor]:
 
 
 def _flat(rearranged: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the two halves of the axes flattened, in `dtype`: permuted and converted in one copy."""
-    flat = torch.empty(rearranged.shape, dtype=dtype, device=rearranged.device).copy_(rearranged)
-    return flat.flatten(2).flatten(0, 1)
+    """Return the two halves of the axes flattened, in `dtype`: permuted and converted in at most one copy."""
+    if rearranged.dtype == dtype and rearranged.is_contiguous():
+        return rearranged.flatten(2).flatten(0, 1)
+    if rearranged.device.type == "cpu":  # NumPy asks for large pages, which the system hands out sooner
+        flat = torch.from_numpy(np.empty(rearranged.shape, _NUMPY[dtype]))
+    else:
+        flat = torch.empty(rearranged.shape, dtype=dtype, device=rearranged.device)
+    return flat.copy_(rearranged).flatten(2).flatten(0, 1)
 
 
-def _krylov(matrix: Tensor, rank: int, seed: int) -> Tensor | None:
-    """Return `rank` leading right singular vectors [rank, short] of `matrix` [long, short], or None.
+def _krylov(rearranged: Tensor, rank: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Return as `_leading_vectors`, computed in `dtype`, or None.
 
     None means that this precision cannot measure so small a residual, or that the space grew to half the
     short side before it settled.
     """
-    short = matrix.shape[1]
+    matrix = _flat(rearranged.permute(2, 3, 0, 1), dtype)  # R^T
+    long, short = matrix.shape
     energy = torch.linalg.vector_norm(matrix).item() ** 2
     _require_finite(energy)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(_width(rank), short, generator=generator).to(matrix)
     block = torch.linalg.qr(start.T).Q.T
-    space = images = matrix.new_empty(0, short)  # rows: the space, and its image under R R^T
-    projected = matrix.new_empty(0, 0)  # space R R^T space^T
+    space = images = start.new_empty(0, short)  # rows: the space, and its image under R R^T
+    through = start.new_empty(0, long)  # space R
+    projected = start.new_empty(0, 0)  # space R R^T space^T
     gained = [0.0, 0.0]
     while space.shape[0] + block.shape[0] <= short // 2:
-        image = _image(block, matrix)
-        space, images = torch.cat([space, block]), torch.cat([images, image])
+        product, image = _image(block, matrix)
+        space, images, through = (torch.cat(p) for p in ((space, block), (images, image), (through, product)))
         projected = _bordered(projected, block @ images.T)
-        vectors, captured, bound = _rayleigh_ritz(space, images, projected, rank)
+        coefficients, captured, bound = _rayleigh_ritz(space, images, projected, rank)
         residual = energy - captured
-        if matrix.dtype == torch.float32 and residual < 0.1 * energy:
+        if dtype == torch.float32 and residual < 0.1 * energy:
             return None
         gained.append(captured)
         if _settled(gained, bound, residual, energy):
-            basis: Tensor = torch.linalg.qr(vectors.T).Q.T
-            return basis
+            return (coefficients @ space).T.double(), (coefficients @ through).double()
         block = _orthonormal(image, space)
     return None
 
 
-def _image(block: Tensor, matrix: Tensor) -> Tensor:
-    """Return block M^T M for M = `matrix`, part by part: the second product then finds M in the cache."""
-    image = torch.zeros_like(block)
+def _image(block: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return block M^T and block M^T M for M = `matrix`, by parts: the second finds M in the cache."""
+    image, products = torch.zeros_like(block), []
     for part in torch.split(matrix, max(1, CACHED // matrix.shape[1])):
-        image.addmm_(block @ part.T, part)
-    return image
+        products.append(block @ part.T)
+        image.addmm_(products[-1], part)
+    return torch.cat(products, dim=1), image
 
 
 def _width(rank: int) -> int:
@@ -182,7 +193,7 @@ def _bordered(matrix: Tensor, rows: Tensor) -> Tensor:
 def _rayleigh_ritz(
     space: Tensor, images: Tensor, projected: Tensor, rank: int
 ) -> tuple[Tensor, float, float]:
-    """Return the leading Ritz vectors [rank, short], the energy they hold, and a bound on what they miss."""
+    """Return the leading Ritz vectors in the space, the energy they hold, and a bound on what they miss."""
     values, coefficients = torch.linalg.eigh(projected.double())
     values, coefficients = values.flip(0), coefficients.flip(1)[:, :rank].T.to(space.dtype)
     vectors = coefficients @ space
@@ -190,7 +201,7 @@ def _rayleigh_ritz(
     norm = torch.linalg.vector_norm(miss).item()
     gap = (values[rank - 1] - values[rank]).item()
     bound = math.sqrt(rank) * norm
-    return vectors, values[:rank].sum().item(), min(bound, norm**2 / gap) if gap > 0 else bound
+    return coefficients, values[:rank].sum().item(), min(bound, norm**2 / gap) if gap > 0 else bound
 
 
 def _settled(gained: list[float], bound: float, residual: float, energy: float) -> bool:
