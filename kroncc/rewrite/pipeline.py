@@ -50,13 +50,15 @@ class Applied:
 class CompressResult:
     """What the passes of one compress step did. Not `settled`: on real weights shapes may come out otherwise.
 
-    `choices` holds, by place in the list of passes, what a tree pass chose by weights or data.
+    `choices` holds, by place in the list of passes, what a tree pass chose by weights or data. `tokenizer` is
+    the one that was given, as the passes have changed it.
     """
 
     structure: Structure
     skipped: tuple[SkippedSite, ...]
     settled: bool = True
     choices: Mapping[int, Any] = field(default_factory=dict)
+    tokenizer: Any = None
 
 
 def compress_graph(
@@ -69,16 +71,18 @@ def compress_graph(
     key: str = "passes",
     demands: Demands | None = None,
     sequential: Sequential | None = None,
+    tokenizer: Any = None,
 ) -> CompressResult:
     """Apply `calls` in order to `graph` in place; every pass is followed by `verify`.
 
     `stats` is what was measured of the model, by module. `before` is the structure that it already has. `key`
     is where the recipe lists the calls, for messages. `demands` notes what the passes want to know, while
-    planning; `sequential` measures for those that ask for it, while applying.
+    planning; `sequential` measures for those that ask for it, while applying. `tokenizer` is that of the
+    model, for passes that read it.
     """
-    run = Run(graph, seed, stats, before or Structure(), demands, sequential)
+    run = Run(graph, seed, stats, before or Structure(), demands, sequential, tokenizer)
     run.apply_all(calls, key)
-    return CompressResult(run.done, tuple(run.skipped), run.settled, run.choices)
+    return CompressResult(run.done, tuple(run.skipped), run.settled, run.choices, run.tokenizer)
 
 
 @dataclass
@@ -91,6 +95,7 @@ class Run:
     before: Structure
     demands: Demands | None = None
     sequential: Sequential | None = None
+    tokenizer: Any = None
     done: Structure = field(default_factory=Structure)
     skipped: list[SkippedSite] = field(default_factory=list)
     settled: bool = True
@@ -168,6 +173,8 @@ class Run:
             return None
         was = structure_of(self.graph)
         resolved.options.rewrite(self.graph.model, resolved.sites, resolved.choice)
+        if self.tokenizer is not None:
+            self.tokenizer = resolved.options.retokenise(self.tokenizer, resolved.choice)
         self.done += self.entry(resolved)
         self.recapture(call.name)
         verify_reshaped(self.graph, was, unread=pass_.unread)
@@ -180,6 +187,8 @@ class Run:
     def resolve_tree(self, pass_: TreePass, call: PassCall) -> Resolved:
         """Return a tree pass with all options explicit, and note what it leaves alone."""
         sites = self._sites(pass_, call)
+        if self.tokenizer is not None:
+            pass_ = pass_.informed(self.tokenizer)
         resolved = pass_.resolve_tree(self.graph, sites, self.stats, self.seed)
         for fqn, skip in resolved.skipped.items():
             self._refuse_order(pass_, fqn, skip.reason)

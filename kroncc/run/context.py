@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Context:
         shape = tree_part(structure_of(model))
         key = (labels, inputs and tuple(inputs), shape.model_dump_json())
         if key not in self._graphs:
-            tree = skeleton(self.origin, self.task, labels)
+            tree = skeleton(replace(self.origin, config=model.config), self.task, labels)
             replay(tree, shape)
             self._graphs[key] = capture(tree, inputs, partial(reshape, structure=shape))
         return self._graphs[key].bind(model)

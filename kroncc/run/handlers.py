@@ -22,6 +22,7 @@ from kroncc.model.replay import structure_of
 from kroncc.model.save import save_model, write_model
 from kroncc.plan.preflight import cannot_export, export_refused
 from kroncc.plan.stages import Flops, ModelReport, Stage, StageKind, costs
+from kroncc.plan.tokens import changes_tokens
 from kroncc.recipe.names import BASE
 from kroncc.recipe.schema import Compress, Distill, Evaluate, Export, Finetune, Reconstruct, Training
 from kroncc.rewrite.pipeline import compress_graph
@@ -63,6 +64,7 @@ def rewrite(context: Context, stage: Stage, path: Path | None) -> Outcome:
     set_seed(stage.seed)
     before = structure_of(model)
     graph, sequential = prepared(context, stage, action, model)
+    retokenised = any(changes_tokens(call.name) for call in action.passes)
     done = compress_graph(
         graph,
         action.passes,
@@ -70,11 +72,13 @@ def rewrite(context: Context, stage: Stage, path: Path | None) -> Outcome:
         stats=statistics_of(context, stage),
         before=before,
         sequential=sequential,
+        tokenizer=context.tokenizer(action.model) if retokenised else None,
     )
     structure = before + done.structure
     _check_promise(context, stage, structure)
     skipped = [vars(site) for site in done.skipped]
-    return _written(context, stage, path, action.model, model, structure, {"skipped": skipped})
+    details = {"skipped": skipped}
+    return _written(context, stage, path, action.model, model, structure, details, tokenizer=done.tokenizer)
 
 
 def trained(context: Context, stage: Stage, path: Path | None) -> Outcome:
@@ -185,15 +189,17 @@ def _written(
     structure: Structure,
     details: Mapping[str, Any],
     dtype: str | None = None,
+    tokenizer: Any = None,
 ) -> Outcome:
-    """Write a model with all that lies beside it; `source` is the model whose tokenizer it keeps."""
+    """Write a model with all that lies beside it; it keeps the tokenizer of `source` where none is given."""
     origin = context.location(source)
     report = context.report(stage.name)
     known: dict[str, float] = {}
     if not report.settled:
         report = _measured(context, stage, model, structure)
         known = costs(stage.name, report)
-    write_model(model, path, structure, origin, dtype, _texts(context, stage, report, details))
+    texts = _texts(context, stage, report, details)
+    write_model(model, path, structure, origin if tokenizer is None else tokenizer, dtype, texts)
     values = {f"{stage.name}.disk": float(weight_bytes(path)), **known}
     if source == BASE:
         values[f"{BASE}.disk"] = float(weight_bytes(origin))
