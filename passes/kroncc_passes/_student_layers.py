@@ -177,7 +177,8 @@ class Cnn(Replacement):
         self, calls: Calls, width: int, widths: tuple[int, ...], filters: int, dropout: float
     ) -> None:
         super().__init__(calls)
-        self.convolutions = nn.ModuleList(nn.Conv1d(width, filters, size, padding="same") for size in widths)
+        self.widths = widths
+        self.convolutions = nn.ModuleList(nn.Conv1d(width, filters, size) for size in widths)
         self.dropout = nn.Dropout(dropout)
         self.near = nn.Linear(filters * len(widths), width)
         self.anywhere = nn.Linear(filters * len(widths), width, bias=False)
@@ -187,7 +188,11 @@ class Cnn(Replacement):
         """Return what the filters give at each token, and at the best place of its row."""
         tokens = None if valid is None else valid.unsqueeze(-1).to(hidden.dtype)
         columns = (hidden if tokens is None else hidden * tokens).transpose(1, 2)
-        found = torch.cat([one(columns) for one in self.convolutions], 1).transpose(1, 2).relu()
+        around = [F.pad(columns, ((size - 1) // 2, size // 2)) for size in self.widths]
+        found = [one(given) for one, given in zip(self.convolutions, around, strict=True)]
+        return self._joined(torch.cat(found, 1).transpose(1, 2).relu(), tokens)
+
+    def _joined(self, found: Tensor, tokens: Tensor | None) -> Tensor:
         best = (found if tokens is None else found * tokens).amax(1)
         near: Tensor = self.near(self.dropout(found))
         given: Tensor = self.norm(near + self.anywhere(self.dropout(best)).unsqueeze(1))

@@ -102,6 +102,10 @@ class DropLayers(TreePass):
                 raise ValueError("list layers in order, each once")
         return self
 
+    def settled(self) -> bool:
+        """Say that `importance` settles which layers stay on real weights only."""
+        return self.drop != "importance"
+
     def requests(self, graph: ModelGraph, sites: Sequence[Site]) -> Mapping[str, Calibration]:
         """Return, for `importance`, the influence of every layer of the stacks that are meant."""
         if self.drop != "importance":
