@@ -12,18 +12,18 @@ from kroncc_passes._stored import Store
 
 
 class PrunedStore(Store):
-    """`values` [kept] are the weights that are not pruned, in row-major order; `bits` says where they stand.
+    """`entries` [kept] are the weights that are not pruned, in row-major order; `bits` says where they stand.
 
     The values train, the zeros stay. While no gradient is wanted, the full weight is formed once and kept in
     memory (never saved), so that a pruned module is as fast as a dense one; a step of an optimiser or a
-    loaded checkpoint drops it. Writing through `values.data` goes unnoticed there, as it does for autograd.
+    loaded checkpoint drops it. Writing through `entries.data` goes unnoticed there, as it does for autograd.
     """
 
-    values: Tensor  # a Parameter, or what a store inside gives
+    entries: Tensor  # a Parameter, or what a store inside gives
 
     def __init__(self, values: nn.Parameter, bits: Tensor, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.values = values
+        self.entries = values
         self.bits = nn.Parameter(bits, requires_grad=False)
         self.shape = shape
         self.kept = values.numel()
@@ -74,7 +74,7 @@ class PrunedStore(Store):
         return {key: value for key, value in self.__dict__.items() if key != "_dense"}
 
     def _formed(self) -> Tensor:
-        return spread(self.values, unpack(self.bits, self.shape))
+        return spread(self.entries, unpack(self.bits, self.shape))
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -38,6 +38,7 @@ from kroncc_passes._prune_masks import kept_of, largest, largest_of_all, n_of_m
 from kroncc_passes.kronecker import Kronecker
 from kroncc_passes.low_rank import LowRank
 from kroncc_passes.prune_weights import PruneWeights
+from kroncc_passes.quantize import Quantize
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "prune-weights-minilm.yaml"
 MODULES = {
@@ -156,7 +157,7 @@ class TestRewrites:
     def test_as_planned(self, kind, options):
         new = assert_rewrites(PruneWeights(**options), MODULES[kind]())
         stores = {name: tuple(p.shape) for name, p in new.named_parameters() if name != "bias"}
-        assert stores == {"stores.weight.values": (216,), "stores.weight.bits": (108,)}
+        assert stores == {"stores.weight.entries": (216,), "stores.weight.bits": (108,)}
 
     @pytest.mark.parametrize("kind", MODULES)
     def test_lossless_without_zeros(self, kind):
@@ -239,6 +240,20 @@ class TestAfterOtherPasses:
         assert {name: store.kept for name, store in new.stores.items()} == {"a": 12, "b": 18}
         assert (new.a == 0).sum() == 12
 
+    def test_quantize_takes_the_values(self):
+        pruned = PruneWeights(sparsity=0.8).replace(site(MODULES["linear"]())).requires_grad_(False)
+        new = Quantize(bits=8).replace(site(pruned))
+        assert torch.equal(new.weight == 0, pruned.weight == 0)
+        torch.testing.assert_close(new.weight, pruned.weight, atol=0.01, rtol=0)
+        assert new.shape_text() == "36x24, 79.98 % zeros, 8 bits"
+        held = {name: p.numel() * p.element_size() for name, p in new.named_parameters()}
+        assert held["stores.weight.bits"] == 108
+        assert held["stores.weight.stores.entries.codes"] == 173
+
+    def test_not_before_a_packed_weight(self):
+        packed = Quantize(bits=4).replace(site(MODULES["linear"]()))
+        assert_skips(PruneWeights(sparsity=0.5), packed, "another form already: 36x24, 4 bits")
+
     def test_not_twice(self):
         once = PruneWeights(sparsity=0.5).replace(site(MODULES["linear"]()))
         assert_skips(PruneWeights(sparsity=0.7), once, "another form already: 36x24, 50 % zeros")
@@ -260,10 +275,10 @@ class TestStored:
         with torch.no_grad():
             first = new(x)
             assert new.weight is new.weight  # formed once
-            new.stores.weight.values.mul_(2)
+            new.stores.weight.entries.mul_(2)
             torch.testing.assert_close(new(x) - new.bias, 2 * (first - new.bias))
             new.load_state_dict(
-                {k: v.float() * 0 + 1 if k.endswith("values") else v for k, v in new.state_dict().items()}
+                {k: v.float() * 0 + 1 if k.endswith("entries") else v for k, v in new.state_dict().items()}
             )
             assert new.weight.sum() == 24
             assert new.double().weight.dtype == torch.float64
@@ -333,7 +348,7 @@ class TestModels:
             "prune-weights", {"sparsity": 0.8}, ["@embedding.word"], tiny("gpt2", "AutoModelForCausalLM")
         )
         head, table = loaded.lm_head.stores.weight, loaded.transformer.wte.stores.weight
-        assert head.values is table.values
+        assert head.entries is table.entries
 
     def test_global_keeps_exactly_the_share_of_all(self, tiny, tmp_path):
         model = tiny("bert")
@@ -461,7 +476,7 @@ class TestLive:
         model(torch.randint(100, (2, 5))).logits.sum().backward()
         live.finalise(model)
         structure = live.settle(model, installed)
-        assert model.lm_head.stores.weight.values is model.transformer.wte.stores.weight.values
+        assert model.lm_head.stores.weight.entries is model.transformer.wte.stores.weight.entries
         assert structure == installed.structure
 
     def test_the_structure_tells_what_training_has_left(self, tiny, tmp_path):
