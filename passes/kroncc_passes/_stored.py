@@ -79,13 +79,13 @@ class Stored(nn.Module):
 
     def shape_text(self) -> str:
         """Return the shape of the original module with the form of its weights: `64x32, 4 bits`."""
-        forms = dict.fromkeys(cast("Store", store).text() for store in self.stores.values())
-        return f"{_shape_text(self)}, {' and '.join(forms)}"
+        return f"{_shape_text(self)}, {_forms(self)}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the class by what it is made of."""
         base, names = type(self).made_of
-        return _blank, (base, names, is_live(self)), self.__dict__
+        state: Any = super().__getstate__()  # type: ignore[no-untyped-call]
+        return _blank, (base, names, is_live(self)), state
 
 
 def stored(module: nn.Module, stores: Mapping[str, nn.Module]) -> nn.Module:
@@ -141,6 +141,17 @@ def _shape_text(module: Stored) -> str:
     if hasattr(module, "nf"):  # Conv1D keeps its weight as in x out
         shapes = [shape[::-1] for shape in shapes]
     return " + ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def _forms(module: Stored) -> str:
+    """Return the forms of the weights, each with those of what its store holds."""
+    texts = [
+        f"{cast('Store', store).text()}, {_forms(store)}"
+        if isinstance(store, Stored)
+        else cast("Store", store).text()
+        for store in module.stores.values()
+    ]
+    return " and ".join(dict.fromkeys(texts))
 
 
 def _embed(self: Any, index: Tensor) -> Tensor:

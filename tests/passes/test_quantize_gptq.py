@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from kroncc_passes._quantize_gptq import compensated, output_error
 from kroncc_passes._quantize_grid import Grid
 
-GRIDS = [Grid(3), Grid(4, "group", 5), Grid(3, "tensor"), Grid(4, symmetric=False), Grid(2, "group", 8, False)]
+GRIDS = [
+    Grid(3),
+    Grid(4, "group", 5),
+    Grid(3, "tensor"),
+    Grid(4, symmetric=False),
+    Grid(2, "group", 8, False),
+]
 
 
 def case(rows, columns, seed, rank=None):
