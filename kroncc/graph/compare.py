@@ -13,6 +13,7 @@ from kroncc.graph.model_graph import ModelGraph
 from kroncc.graph.ops import SHAPE, op_name
 
 Sizes = Callable[[fx.Node], Sequence[Sequence[Size]]]
+LAID_OUT = frozenset({"contiguous", "alias"})
 MADE = frozenset({"zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty", "layer_norm", "rms_norm"})
 
 
@@ -22,13 +23,24 @@ def difference(before: ModelGraph, after: ModelGraph, sizes: Sizes) -> str:
     `sizes` gives, for a node of `before`, the sizes of its tensors that are due in `after`. Numbers may
     differ only where they are sizes: in operators that move values or make constants.
     """
-    old, new = list(before.graph.nodes), list(after.graph.nodes)
+    old, new = _computing(before), _computing(after)
     twins: dict[fx.Node, fx.Node] = {}
     for one, other in zip(old, new, strict=False):
         if what := _differs(before, after, one, other, twins, sizes):
             return f"{one.meta.get('fqn') or 'the model itself'}: {what}"
         twins[one] = other
     return "" if len(old) == len(new) else f"{len(new)} operations instead of {len(old)}"
+
+
+def _computing(graph: ModelGraph) -> list[fx.Node]:
+    """Return the nodes that do more than lay values out: an extent of 1 spares that."""
+    return [node for node in graph.graph.nodes if op_name(node) not in LAID_OUT]
+
+
+def _source(node: fx.Node) -> fx.Node:
+    while op_name(node) in LAID_OUT:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _differs(
@@ -63,7 +75,7 @@ def _fixed(size: Size) -> bool:
 def _same(one: Any, other: Any, twins: dict[fx.Node, fx.Node], free: bool) -> bool:
     """Say whether two arguments are the same; `free` lets whole numbers differ."""
     if isinstance(one, fx.Node):
-        return twins.get(one) is other
+        return isinstance(other, fx.Node) and twins.get(_source(one)) is _source(other)
     if isinstance(one, list | tuple):
         alike = isinstance(other, list | tuple) and len(one) == len(other)
         return alike and all(_same(a, b, twins, free) for a, b in zip(one, other, strict=True))

@@ -135,3 +135,11 @@ def test_other_programs_are_told_apart(tiny):
     assert "gives [" in difference(
         before, before.copy(), lambda node: [[7] * len(one) for one in unchanged(node)]
     )
+
+
+def test_one_head_left_runs_the_same_program(tiny):
+    graph = capture(tiny("bert", num_hidden_layers=1))
+    axes = Axes(graph)
+    (units,) = heads(axes)
+    modules, _ = narrow(graph, axes, [Group(units.atom, 1, (2,))])
+    assert modules["encoder.layer.0.attention.self.query"].tensors["weight"] == (8, None)
