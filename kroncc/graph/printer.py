@@ -46,10 +46,11 @@ def format_graph(mg: ModelGraph) -> str:
 def describe(module: nn.Module) -> str:
     """Return a module's type with its key shapes, e.g. `Linear(32->64)`."""
     kind = type(module).__name__
-    if isinstance(module, nn.Linear):
+    leaf = next(module.children(), None) is None  # what has parts is told by them
+    if leaf and isinstance(module, nn.Linear):
         bias = "" if module.bias is not None else ", no bias"
         return f"{kind}({module.in_features}->{module.out_features}{bias})"
-    if hasattr(module, "nx") and hasattr(module, "nf"):
+    if leaf and hasattr(module, "nx") and hasattr(module, "nf"):
         return f"{kind}({module.nx}->{module.nf})"
     if isinstance(module, nn.Dropout):
         return f"{kind}({module.p:g})"
