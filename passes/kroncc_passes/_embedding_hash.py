@@ -70,7 +70,8 @@ def solve_shares(table: Tensor, places: Tensor, buckets: Tensor) -> Tensor:
     gram = held @ held.mT
     size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     gram = gram + RIDGE * size[:, None, None] * torch.eye(places.shape[1], device=gram.device)
-    return torch.linalg.solve(gram, held @ table[:, :, None]).squeeze(2)
+    solved: Tensor = torch.linalg.solve(gram, held @ table[:, :, None])
+    return solved.squeeze(2)
 
 
 def combine(buckets: Tensor, places: Tensor, shares: Tensor) -> Tensor:
