@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kroncc.api import Site, SiteStats
+from kroncc.compiler import compile_recipe
+from kroncc.recipe.loader import load_recipe
 from kroncc_passes import _kronecker_fit, _weighting
 from kroncc_passes._kronecker_fit import fitted_factors
 from kroncc_passes._kronecker_math import nearest_product
 from kroncc_passes._kronecker_product import dense
 from kroncc_passes._weighting import output_error
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def normal(*shape, seed=0):
@@ -295,3 +300,15 @@ class TestRows:
         whole = fitted(self.site(weight, lookups), (10, 2), (3, 4), 3)
         monkeypatch.setattr(_kronecker_fit, "ROWS", 20)
         torch.testing.assert_close(fitted(self.site(weight, lookups), (10, 2), (3, 4), 3), whole)
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(8, 14_635_604), (21, 5_204_078)])
+def test_the_fitted_siblings_plan_as_they_say(ratio, count):
+    """The paper's shapes in the encoder; the largest rank at which the embedding is no larger than there."""
+    plan = compile_recipe(load_recipe(RECIPES / f"kroneckerbert-{ratio}-fitted.yaml"), offline=True)
+    small = plan.models["factored"]
+    paper = 14_655_754 if ratio == 8 else 5_229_810
+    rank, table = (93, 30522 * 96 + 8) if ratio == 8 else (46, 30522 * 48 + 16)
+    assert small.params == count == paper - table + rank * (30522 + 768)
+    assert small.skipped == ()
+    assert all(plan.expectations.values())
