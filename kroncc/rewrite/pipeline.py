@@ -243,8 +243,10 @@ def build_pass(name: str, options: dict[str, object]) -> Pass:
     try:
         return cls(**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        found = [one for one in error.errors() if one["loc"][:1] == error.errors()[0]["loc"][:1]]
+        # of several forms that a value may have, the one that it comes nearest to
+        first = max(found, key=lambda one: (len(one["loc"]), one["type"].startswith(("greater", "less"))))
+        key = str(first["loc"][0]) if first["loc"] else ""
         known = did_you_mean(key, cls.model_fields) if first["type"] == "extra_forbidden" else ""
         said = first["msg"].removeprefix("Value error, ")
         message = f"option {key!r} of pass {name!r}: {said}" if key else f"pass {name!r}: {said}"

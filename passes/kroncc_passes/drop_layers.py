@@ -98,6 +98,8 @@ class DropLayers(TreePass):
         if self.seed is not None and self.rate is None:
             raise ValueError("`seed` is that of `rate`, which is not given")
         for layers in (*_lists(self.keep), *_lists(self.drop)):
+            if not layers:
+                raise ValueError("list at least 1 layer")
             if list(layers) != sorted(set(layers)):
                 raise ValueError("list layers in order, each once")
         return self
@@ -218,4 +220,4 @@ def _influence(stats: Mapping[str, SiteStats] | None, stack: LayerStack) -> list
 def _lists(given: Any) -> Sequence[Kept]:
     if not isinstance(given, tuple):
         return ()
-    return given if isinstance(given[0], tuple) else (given,)
+    return given if given and isinstance(given[0], tuple) else (given,)

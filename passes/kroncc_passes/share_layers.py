@@ -92,6 +92,7 @@ class ShareLayers(TreePass):
         """
         stacks = stacks_of(graph, sites, self.kind)
         parts = _parts(graph, stacks, sites)
+        self._refuse_packed(graph, stacks)
         skipped: dict[str, Skip] = {}
         chosen: dict[str, Groups] = {}
         for stack, groups in zip(stacks, self._groups(stacks), strict=True):
@@ -128,6 +129,17 @@ class ShareLayers(TreePass):
             given = given * len(stacks)
         per_stack(tuple(tuple(n for group in groups for n in group) for groups in given), stacks, "groups")
         return given
+
+    def _refuse_packed(self, graph: ModelGraph, stacks: Sequence[LayerStack]) -> None:
+        layers = (graph.model.get_submodule(stack.fqn) for stack in stacks)
+        whole = all(parameter.is_floating_point() for one in layers for parameter in one.parameters())
+        if self.start == "mean" and not whole:
+            raise PassError(
+                "share-layers: packed weights have no mean",
+                code="K408",
+                expected="share-layers first, then the pass that packs",
+                remedy="move share-layers before it, or start: first",
+            )
 
     def _check_start(self, stack: LayerStack, groups: Groups) -> None:
         shortest = min(len(group) for group in groups)

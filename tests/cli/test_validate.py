@@ -148,12 +148,15 @@ def test_no_torch_and_quick():
         "import sys; from kroncc.cli import main; main(['validate', *sys.argv[1:]]);"
         "print({'torch', 'transformers', 'datasets', 'jsonschema', 'networkx', 'numpy'} & set(sys.modules))"
     )
-    before = _cpu_of_children()
-    done = subprocess.run(
-        [sys.executable, "-c", code, RECIPES[0]], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.splitlines()[-1] == "set()"
-    assert _cpu_of_children() - before < 0.5
+    spent = []
+    for _ in range(4):  # the least of a few: what shares the core with it slows it too
+        before = _cpu_of_children()
+        done = subprocess.run(
+            [sys.executable, "-c", code, RECIPES[0]], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        assert done.stdout.splitlines()[-1] == "set()"
+        spent.append(_cpu_of_children() - before)
+    assert min(spent) < 0.5
 
 
 def _cpu_of_children() -> float:

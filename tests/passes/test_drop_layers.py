@@ -354,7 +354,7 @@ class TestLayerDrop:
         assert all(not p.grad.any() for p in layers[1].parameters())
         assert all(p.grad.any() for n, p in layers[0].named_parameters() if "key.bias" not in n)
 
-    def test_draws_follow_seed_and_progress_alone():
+    def test_draws_follow_seed_and_progress_alone(self):
         def drawn(seed, steps=4000):
             gate, found = LayerGate(0.2, seed), []
             for step in range(steps):

@@ -256,10 +256,10 @@ def test_refuses(captured, options, code, match):
     assert caught.value.problems[0].code == code
 
 
-def test_refuses_packed_weights_with_the_order_that_works(captured):
+def test_refuses_the_mean_of_packed_weights_with_the_order_that_works(captured):
     packed = PassCall(name="quantize", scope=Scope(targets=["@ffn.up"]), options={"bits": 4})
-    with pytest.raises(PassError, match="share-layers first, then quantize") as caught:
-        compress_graph(captured("bert"), [packed, call()])
+    with pytest.raises(PassError, match="share-layers first, then the pass that packs") as caught:
+        compress_graph(captured("bert"), [packed, call(start="mean")])
     assert caught.value.problems[0].code == "K408"
 
 
