@@ -190,11 +190,14 @@ class Models:
             labels=labels,
             settled=settled,
             structure=structure,
-            modules=self._rows(cost, self.dense(labels), structure),
+            modules=self._rows(cost, self.dense(labels), structure, set(graph.fqns())),
             skipped=tuple(SkippedRow(fqn=one.fqn, name=one.name, reason=one.reason) for one in skipped),
         )
 
-    def _rows(self, cost: ModelCost, dense: ModelGraph, structure: Structure) -> tuple[ModuleRow, ...]:
+    def _rows(
+        self, cost: ModelCost, dense: ModelGraph, structure: Structure, called: set[str]
+    ) -> tuple[ModuleRow, ...]:
+        """Return a row for each module of the model, then for those that it no longer has."""
         before = {module.fqn: module for module in model_cost(dense).modules}
         roles = find_roles(dense)
         passes = passes_by_module(dense, structure)
@@ -208,7 +211,7 @@ class Models:
             )
             for module in cost.modules
         )
-        kept = {module.fqn for module in cost.modules}
+        kept = {module.fqn for module in cost.modules} | called  # what is shared costs nothing, and is there
         gone = (module for fqn, module in before.items() if fqn not in kept)
         nothing = Side(shape="removed", params=0, flops=0)
         return rows + tuple(
